@@ -1,0 +1,64 @@
+"""lora-convert: any LoRA file in, a Diffusers adapter that provably does the same thing out.
+
+    >>> import lora_convert
+    >>> lora_convert.identify("style.safetensors").family
+    >>> lora_convert.convert("style.safetensors", "out/").ok
+
+Importing the package imports neither torch nor numpy; each call imports what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_convert._version import __version__
+from lora_convert.errors import FileError, LoraConvertError, UsageError
+from lora_convert.report import Finding
+
+if TYPE_CHECKING:
+    from lora_convert.converters.convert import (
+        ConvertResult,
+        OutputRecord,
+        ValidateResult,
+        convert,
+        identify,
+        plan,
+        validate,
+    )
+    from lora_convert.converters.plan import Plan
+    from lora_convert.inspect.detection import Detection
+
+__all__ = [
+    "ConvertResult",
+    "Detection",
+    "FileError",
+    "Finding",
+    "LoraConvertError",
+    "OutputRecord",
+    "Plan",
+    "UsageError",
+    "ValidateResult",
+    "__version__",
+    "convert",
+    "identify",
+    "plan",
+    "validate",
+]
+
+_WHERE = {
+    "Detection": "lora_convert.inspect.detection",
+    "Plan": "lora_convert.converters.plan",
+}
+_CALLS = "lora_convert.converters.convert"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE.get(name, _CALLS)), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,258 @@
+"""The header of a weight file: names, dtypes and shapes, and a strict parser of safetensors headers.
+
+Format: https://huggingface.co/docs/safetensors (8 bytes of little-endian length, a JSON object, the tensors' bytes). The
+parser accepts exactly what the reference reader (safetensors 0.8) accepts, but refuses duplicate names also where the
+reference takes the last one in silence, and says of every violation what and where it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from lora_convert.containers.dtypes import BITS
+from lora_convert.errors import FileError
+from lora_convert.report import Finding, printable, shown
+
+__all__ = ["MAX_HEADER", "MAX_HEADER_LIMIT", "Header", "Span", "TensorInfo", "parse_header"]
+
+MAX_HEADER = 12_000_000
+"""Bytes of JSON read without being asked to read more. The largest adapters known need 1 MB."""
+
+MAX_HEADER_LIMIT = 100_000_000
+"""The reference reader's own bound."""
+
+_MOST_FINDINGS = 20
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes `start` to `end` (exclusive), counted from the start of the file."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as the header gives it; `where` says how to get its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    where: Span
+
+    @property
+    def nbytes(self) -> int:
+        return self.where.end - self.where.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weight file says of itself, without its tensors' values.
+
+    `findings` are borderline observations that did not prevent reading; `data_start` is where tensor bytes begin.
+    """
+
+    path: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    data_start: int = 0
+
+
+class _Duplicate(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _Duplicate(f"the name {shown(name)!r} stands twice in one JSON object")
+    return result
+
+
+def _refuse_constant(literal: str) -> NoReturn:
+    raise ValueError(f"{literal} is not JSON")
+
+
+def _plain_integer(literal: str) -> int | float:
+    # The format's integers are unsigned; "-0" is a float to the reference reader.
+    return float(literal) if literal == "-0" else int(literal)
+
+
+def _malformed(subject: str, message: str) -> Finding:
+    return Finding("malformed-header", "error", subject, message, "The file is damaged or was not written correctly.")
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    """The header's JSON object. Raises FileError with one finding that says where it breaks."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"the header is not valid UTF-8: byte {error.object[error.start]:#04x} at offset {8 + error.start}."
+        raise FileError([_malformed("", message)]) from None
+    try:
+        content = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_plain_integer
+        )
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode("utf-8")  # a lone surrogate escape decodes, but is no text
+    except _Duplicate as error:
+        raise FileError([_malformed("", f"{error}.")]) from None
+    except UnicodeEncodeError:
+        raise FileError([_malformed("", "the header has an unpaired surrogate escape.")]) from None
+    except RecursionError:
+        raise FileError([_malformed("", "the header's JSON is nested too deeply.")]) from None
+    except json.JSONDecodeError as error:
+        message = f"the header is not valid JSON: {error.msg} at offset {8 + error.pos}."
+        raise FileError([_malformed("", message)]) from None
+    except ValueError as error:
+        raise FileError([_malformed("", f"the header is not valid JSON: {shown(str(error))}.")]) from None
+    if not isinstance(content, dict):
+        raise FileError([_malformed("", f"the header is a JSON {type(content).__name__}, not an object.")])
+    return content
+
+
+def _is_unsigned(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**64
+
+
+def _check_entry(name: str, entry: object, data_size: int) -> tuple[TensorInfo | None, list[Finding]]:
+    """One tensor's entry as TensorInfo with offsets relative to the data, or the findings that say what is wrong."""
+    if not isinstance(entry, dict):
+        return None, [_malformed(name, "its header entry is not an object.")]
+    missing = sorted(_FIELDS - entry.keys())
+    if missing:
+        return None, [_malformed(name, f"its header entry lacks {', '.join(missing)}.")]
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return None, [_malformed(name, f"its dtype {shown(str(dtype))!r} is not one that the format defines.")]
+    if not isinstance(shape, list) or not all(map(_is_unsigned, shape)):
+        return None, [_malformed(name, f"its shape {shown(json.dumps(shape))} is not a list of whole numbers.")]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_unsigned, offsets)):
+        return None, [_malformed(name, f"its data_offsets {shown(json.dumps(offsets))} are not two whole numbers.")]
+    start, end = offsets
+    if end < start:
+        return None, [_malformed(name, f"its bytes end ({end}) before they begin ({start}).")]
+    if end > data_size:
+        return None, [_malformed(name, f"its bytes end at {end}, but the file holds only {data_size} bytes of data.")]
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements >= 2**64:  # what the reference's 64-bit arithmetic refuses; also keeps the product small
+            return None, [_malformed(name, f"its shape {shown(json.dumps(shape))} is too large.")]
+    bits = elements * BITS[dtype]
+    if bits != 8 * (end - start):
+        message = f"{dtype} of shape {shown(json.dumps(shape))} takes {bits / 8:g} bytes, but it is given {end - start}."
+        return None, [_malformed(name, message)]
+    findings = [
+        Finding("unknown-field", "warning", name, f"its header entry has the unknown field {shown(extra)!r}.")
+        for extra in sorted(entry.keys() - _FIELDS)
+    ]
+    return TensorInfo(dtype, tuple(shape), Span(start, end)), findings
+
+
+def _check_layout(tensors: Mapping[str, TensorInfo], data_size: int) -> list[Finding]:
+    """Findings for gaps and overlaps: the tensors must tile the data exactly."""
+    findings = []
+    position, before = 0, "the header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].where.start, item[1].where.end)):
+        start, end = tensor.where.start, tensor.where.end
+        if start > position:
+            findings.append(_malformed(name, f"{start - position} unused bytes lie between {shown(before)} and it."))
+        elif start < position:
+            findings.append(_malformed(name, f"its first {min(position, end) - start} bytes overlap {shown(before)}."))
+        position, before = max(position, end), name
+    if position < data_size:
+        message = f"{data_size - position} bytes follow the last tensor; the format allows none."
+        findings.append(_malformed("", message))
+    return findings
+
+
+def _check_metadata(content: object) -> tuple[dict[str, str], list[Finding]]:
+    if content is None:
+        return {}, []
+    if not isinstance(content, dict):
+        return {}, [_malformed("__metadata__", "it is not an object of strings.")]
+    findings = [
+        _malformed(f"__metadata__.{key}", f"its value is a JSON {type(value).__name__}, not a string.")
+        for key, value in content.items()
+        if not isinstance(value, str)
+    ]
+    return content, findings
+
+
+def _suspicious(name: str) -> str | None:
+    """Why a tensor name is one that no trainer writes, or None."""
+    if not name:
+        return "it is empty"
+    if printable(name) != name:
+        return "it has control or formatting characters"
+    if "/" in name or "\\" in name:
+        return "it looks like a path"
+    if re.sub(r"\W|_", "", name).lower() == "metadata":
+        return "it imitates the metadata entry"
+    return "it is longer than 500 characters" if len(name) > 500 else None
+
+
+def _check_names(names: Sequence[str]) -> list[Finding]:
+    return [
+        Finding("suspicious-name", "warning", name, f"No trainer writes such a tensor name: {reason}.")
+        for name in names
+        if (reason := _suspicious(name))
+    ]
+
+
+def _raise_if_any(findings: list[Finding]) -> None:
+    if not findings:
+        return
+    more = len(findings) - _MOST_FINDINGS
+    if more > 0:
+        findings = [*findings[:_MOST_FINDINGS], _malformed("", f"{more} more tensors break the format.")]
+    raise FileError(findings)
+
+
+def parse_header(raw: bytes, file_size: int, path: str) -> Header:
+    """Parse the JSON of a safetensors header.
+
+    `raw` is the header without its 8 bytes of length, `file_size` the size of the whole file in bytes. Raises FileError
+    with every violation of the format found (`malformed-header`).
+    """
+    content = _parse_json(raw)
+    data_start = 8 + len(raw)
+    data_size = file_size - data_start
+    findings: list[Finding] = []
+    if not raw.startswith(b"{"):
+        message = "The header starts with white space; the format wants `{` first, though common readers accept it."
+        findings.append(Finding("leading-space", "warning", "", message))
+    metadata, broken = _check_metadata(content.pop("__metadata__", None))
+    tensors = {}
+    for name, entry in content.items():
+        tensor, said = _check_entry(name, entry, data_size)
+        if tensor is None:
+            broken += said
+        else:
+            tensors[name] = tensor
+            findings += said
+    _raise_if_any(broken)
+    _raise_if_any(_check_layout(tensors, data_size))
+    if not tensors:
+        findings.append(Finding("empty-file", "error", "", "There are no tensors in the file."))
+    placed = {
+        name: TensorInfo(tensor.dtype, tensor.shape, Span(data_start + tensor.where.start, data_start + tensor.where.end))
+        for name, tensor in tensors.items()
+    }
+    return Header(
+        path,
+        placed,
+        metadata,
+        findings=(*findings, *_check_names(list(tensors))),
+        data_start=data_start,
+    )

@@ -1,0 +1,213 @@
+"""A weight file of any origin (path, bytes, open binary file), opened as a `Source`: a header, and bytes on request.
+
+Nothing is mapped into memory and nothing is read that was not asked for, so that a file of any size costs the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+from lora_convert.containers import dtypes
+from lora_convert.containers.header import MAX_HEADER, MAX_HEADER_LIMIT, Header, parse_header
+from lora_convert.errors import FileError, UsageError
+from lora_convert.report import Finding, shown
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["FileReader", "Reader", "Source", "Target", "open_source"]
+
+Target = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+"""What the library's calls take as a file: a path, a `hf://` address, the bytes themselves, or an open binary file."""
+
+
+class Reader(Protocol):
+    """Random access to bytes. `read_at` returns exactly `size` bytes or raises FileError."""
+
+    size: int
+
+    def read_at(self, offset: int, size: int) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class BytesReader:
+    """A file that is already in memory."""
+
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+        self._data = memoryview(data)
+        self.size = len(self._data)
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        return bytes(self._data[offset : offset + size])
+
+    def close(self) -> None:
+        """Nothing to close: the caller owns the bytes."""
+
+
+class FileReader:
+    """An open binary file that can seek. Safe from several threads; the caller's position is put back on close."""
+
+    def __init__(self, file: BinaryIO, *, owned: bool) -> None:
+        self._file, self._owned = file, owned
+        self._lock = threading.Lock()
+        try:
+            self._position = file.tell()
+            self.size = file.seek(0, os.SEEK_END)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UsageError(f"the open file cannot seek: {error}") from None
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        try:
+            with self._lock:
+                self._file.seek(offset)
+                data = self._file.read(size)
+        except OSError as error:
+            raise FileError([Finding("unreadable", "error", "", f"Reading failed: {error.strerror}.")]) from None
+        if len(data) != size:
+            message = f"{size} bytes were expected at offset {offset}, {len(data)} came: the file changed while read."
+            raise FileError([Finding("unreadable", "error", "", message)])
+        return data
+
+    def close(self) -> None:
+        if self._owned:
+            self._file.close()
+        else:
+            self._file.seek(self._position)
+
+
+class Source:
+    """A header, and the bytes or arrays of its tensors. Use as a context manager."""
+
+    def __init__(self, header: Header, reader: Reader, *, remote: bool = False) -> None:
+        self.header, self.reader, self.remote = header, reader, remote
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.reader.close()
+
+    def read_bytes(self, name: str) -> bytes:
+        """The bytes of a tensor. Raises KeyError if there is none of that name, FileError if reading fails."""
+        where = self.header.tensors[name].where
+        return self.reader.read_at(where.start, where.end - where.start)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A tensor as a read-only array of its own shape and dtype."""
+        tensor = self.header.tensors[name]
+        return dtypes.to_array(self.read_bytes(name), tensor.dtype, tensor.shape)
+
+    def read_scalar(self, name: str) -> float:
+        """The value of a tensor of one element; decoded without numpy."""
+        return dtypes.to_scalar(self.read_bytes(name), self.header.tensors[name].dtype)
+
+    def chunks(self, size: int = 1 << 20) -> Iterator[bytes]:
+        """The whole file, piece by piece."""
+        for offset in range(0, self.reader.size, size):
+            yield self.reader.read_at(offset, min(size, self.reader.size - offset))
+
+
+_PICKLE = "a Python pickle, which can run code when loaded"
+
+_SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
+    (b"<", "a web page or XML", "The download failed: fetch the file again, signed in if the site asks for it."),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Fetch the file with `git lfs pull`."),
+    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint, .pt/.bin/.ckpt, perhaps)", "Save it as safetensors first."),
+    *((bytes((0x80, protocol)), _PICKLE, "Save it as safetensors first.") for protocol in range(2, 6)),
+    (b"\x89PNG", "a PNG picture", ""),
+    (b"RIFF", "a RIFF file (a WEBP picture, perhaps)", ""),
+    (b"\xff\xd8\xff", "a JPEG picture", ""),
+    (b"GGUF", "a GGUF model", ""),
+    (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
+    (b"7z\xbc\xaf", "a 7-Zip archive", "Unpack it first."),
+    (b"Rar!", "a RAR archive", "Unpack it first."),
+    (b"%PDF", "a PDF document", ""),
+    (b'{"', "plain JSON", ""),
+)
+"""First bytes that betray another kind of file."""
+
+
+def _refuse_other_content(first: bytes) -> None:
+    """Raise FileError if the file begins like something that is not safetensors."""
+    if len(first) >= 8 and int.from_bytes(first[:8], "little") <= MAX_HEADER_LIMIT:
+        return  # a possible header length, whatever letters its bytes may be
+    text = first.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for signature, what, fix in _SIGNATURES:
+        if text.startswith(signature):
+            raise FileError([Finding("not-weights", "error", "", f"The content is {what}, not safetensors.", fix)])
+
+
+def read_header(reader: Reader, path: str, max_header: int = MAX_HEADER) -> Header:
+    """Read and check the header of a safetensors file; no tensor byte is touched.
+
+    `max_header` bounds the JSON in bytes, at most 100,000,000. Raises FileError for what is not safetensors.
+    """
+    if not 0 < max_header <= MAX_HEADER_LIMIT:
+        raise UsageError(f"--max-header must be between 1 and {MAX_HEADER_LIMIT:,} bytes")
+    if reader.size == 0:
+        raise FileError([Finding("empty-file", "error", "", "The file is empty (0 bytes).")])
+    first = reader.read_at(0, min(reader.size, 64))
+    _refuse_other_content(first)
+    fix = "The file is damaged or was cut short: fetch it again."
+    if len(first) < 8:
+        message = f"it has {len(first)} bytes; safetensors begins with 8 bytes of header length."
+        raise FileError([Finding("malformed-header", "error", "", message, fix)])
+    length = int.from_bytes(first[:8], "little")
+    if 8 + length > reader.size:
+        message = f"its first 8 bytes promise a header of {length:,} bytes, but the file has {reader.size:,}."
+        raise FileError([Finding("malformed-header", "error", "", message, fix)])
+    if length > max_header:
+        message = f"its header has {length:,} bytes; at most {max_header:,} are read."
+        fix = f"--max-header allows up to {MAX_HEADER_LIMIT:,}." if length <= MAX_HEADER_LIMIT else ""
+        raise FileError([Finding("malformed-header", "error", "", message, fix)])
+    return parse_header(reader.read_at(8, length), reader.size, path)
+
+
+def _open_path(path: Path) -> BinaryIO:
+    """Open a regular file. Raises FileError, in a sentence, for everything else (a FIFO is never waited for)."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.open("rb", buffering=0)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileError([Finding("unreadable", "error", "", f"The file cannot be opened: {reason}.")]) from None
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe (FIFO)"), (stat.S_ISSOCK, "a socket"))
+    what = next((text for test, text in kinds if test(mode)), "a device")
+    fix = "Name the weight file inside it." if what == "a folder" else "Save its content to a file first."
+    raise FileError([Finding("unreadable", "error", "", f"It is {what}, not a file.", fix)])
+
+
+def _reader(target: Target) -> tuple[Reader, str, bool]:
+    """A reader of the target, the name to call it by, and whether it is remote."""
+    if isinstance(target, bytes | bytearray | memoryview):
+        return BytesReader(target), "<bytes>", False
+    if isinstance(target, str) and target.startswith("hf://"):
+        from lora_convert.containers.hub import open_hub_file
+
+        return open_hub_file(target)
+    if isinstance(target, str | os.PathLike):
+        path = Path(target)
+        return FileReader(_open_path(path), owned=True), str(path), False
+    return FileReader(target, owned=False), shown(str(getattr(target, "name", "<file>"))), False
+
+
+def open_source(target: Target, max_header: int = MAX_HEADER) -> Source:
+    """Open a weight file and check its header.
+
+    `target` is a path, a `hf://owner/repo/file` address, bytes, or an open binary file (left open, its position kept).
+    Raises FileError with findings for a bad file, UsageError for a bad call.
+    """
+    reader, name, remote = _reader(target)
+    with contextlib.ExitStack() as stack:
+        stack.callback(reader.close)
+        source = Source(read_header(reader, name, max_header), reader, remote=remote)
+        stack.pop_all()
+        return source

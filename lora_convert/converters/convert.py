@@ -1,0 +1,423 @@
+"""identify, plan, convert and validate: the calls of the library, on a path, bytes or an open file."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_convert._version import __version__
+from lora_convert.containers import MAX_HEADER, Source, Target, open_source
+from lora_convert.converters.execute import execute
+from lora_convert.converters.fidelity import Rung, check_deltas, check_numbers, check_structure
+from lora_convert.converters.metadata import PROVENANCE, output_metadata
+from lora_convert.converters.plan import Options, Plan, make_plan
+from lora_convert.converters.writer import atomic_file
+from lora_convert.errors import FileError, UsageError
+from lora_convert.hashes import file_hashes, sha256_of
+from lora_convert.inspect.detect import detect
+from lora_convert.inspect.detection import Detection
+from lora_convert.report import SCHEMA, Finding, listed, severest, shown
+
+__all__ = ["ConvertResult", "OutputRecord", "Progress", "ValidateResult", "convert", "identify", "plan", "validate"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRecord:
+    """One written file: its path, size in bytes and SHA-256 in hexadecimal."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"path": self.path, "bytes": self.bytes, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class ValidateResult:
+    """What the rungs of the proof said of a file. `status` is `pass` or `fail`."""
+
+    file: str
+    against: str | None
+    status: Literal["pass", "fail"]
+    family: str | None = None
+    rungs: Mapping[str, Rung] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "pass"
+
+    @property
+    def worst_delta_error(self) -> float | None:
+        """Largest relative error of a module's ΔW; None if the delta rung did not run."""
+        worst = self.rungs["delta"].figures.get("worst") if "delta" in self.rungs else None
+        return None if worst is None else float(worst)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of `validate --json`."""
+        return {
+            "schema": SCHEMA,
+            "file": self.file,
+            "against": self.against,
+            "status": self.status,
+            "family": self.family,
+            "rungs": {name: rung.as_dict() for name, rung in self.rungs.items()},
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What became of one file: `converted`, `refused` (not doable as asked) or `failed` (the file is wrong)."""
+
+    file: str
+    status: Literal["converted", "refused", "failed"]
+    plan: Plan | None = None
+    outputs: tuple[OutputRecord, ...] = ()
+    proof: ValidateResult | None = None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "converted"
+
+    @property
+    def detection(self) -> Detection | None:
+        return self.plan.detection if self.plan else None
+
+    @property
+    def worst_delta_error(self) -> float | None:
+        """Largest relative error of a module's ΔW; None if validation did not run."""
+        return self.proof.worst_delta_error if self.proof else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of `convert --json`."""
+        worst = self.worst_delta_error
+        return {
+            "schema": SCHEMA,
+            "file": self.file,
+            "status": self.status,
+            "outputs": [output.as_dict() for output in self.outputs],
+            "family": self.detection.family if self.detection else None,
+            "trainer": self.detection.trainer if self.detection else None,
+            "to": self.plan.layout if self.plan else None,
+            "modules": len(self.plan.steps) if self.plan else 0,
+            "worst_delta_error": worst if worst is None or math.isfinite(worst) else str(worst),
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+
+
+def _name(target: Target) -> str:
+    if isinstance(target, bytes | bytearray | memoryview):
+        return "<bytes>"
+    return str(getattr(target, "name", target))
+
+
+def _skip(source: Source, patterns: Sequence[str]) -> Source:
+    """The source without the tensors that the patterns name, and with a finding that says so."""
+    if not patterns:
+        return source
+    header = source.header
+    dropped = [name for name in header.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    unused = [pattern for pattern in patterns if not fnmatch.filter(header.tensors, pattern)]
+    if unused:
+        raise UsageError(f"--skip {shown(unused[0])!r} matches no tensor")
+    lost = sum(header.tensors[name].nbytes for name in dropped)
+    message = f"{len(dropped)} of {len(header.tensors)} tensors ({lost:,} bytes) were left out as asked: {listed(dropped)}."
+    said = Finding("skipped", "warning", "", message)
+    kept = {name: tensor for name, tensor in header.tensors.items() if name not in set(dropped)}
+    return Source(replace(header, tensors=kept, findings=(*header.findings, said)), source.reader, remote=source.remote)
+
+
+@contextlib.contextmanager
+def _opened(target: Target, max_header: int = MAX_HEADER, skip: Sequence[str] = ()) -> Iterator[Source]:
+    with open_source(target, max_header) as source:
+        yield _skip(source, skip)
+
+
+def _raise_if(strict: bool, findings: Sequence[Finding]) -> None:
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if strict and errors:
+        raise FileError(errors)
+
+
+def identify(
+    target: Target,
+    *,
+    family: str | None = None,
+    config: Path | None = None,
+    alphas: bool | None = None,
+    hashes: bool = False,
+    max_header: int = MAX_HEADER,
+    skip: Sequence[str] = (),
+    strict: bool = False,
+) -> Detection:
+    """Say what a weight file is, and why. Only the header and the few bytes of its scalars are read.
+
+    `target` is a path, a `hf://` address, bytes or an open binary file; `family` decides a tie; `config` is a peft
+    `adapter_config.json`; `alphas` reads the scalars (default: of local files); `hashes` reads the whole file.
+    A bad file gives findings, or with `strict` raises FileError.
+    """
+    try:
+        with _opened(target, max_header, skip) as source:
+            read_alphas = not source.remote if alphas is None else alphas
+            found = detect(source, family=family, config=config, read_alphas=read_alphas)
+            if hashes:
+                reader = source.reader
+                sums = file_hashes(source.chunks(), reader.read_at, reader.size, source.header.data_start)
+                found = replace(found, hashes=sums)
+    except FileError as error:
+        found = Detection(_name(target), "unknown", findings=error.findings)
+    _raise_if(strict, found.findings)
+    return found
+
+
+def _options(options: Mapping[str, Any]) -> Options:
+    return Options(**{**options, "skip": tuple(options.get("skip", ()))}).checked()
+
+
+def _planned(source: Source, options: Options) -> Plan:
+    return make_plan(source.header, detect(source, family=options.family, config=options.config), options)
+
+
+def plan(target: Target, *, max_header: int = MAX_HEADER, strict: bool = False, **options: Any) -> Plan:
+    """What `convert` would do, without reading a matrix. Options as for `convert`."""
+    asked = _options(options)
+    try:
+        with _opened(target, max_header, asked.skip) as source:
+            planned = _planned(source, asked)
+    except FileError as error:
+        broken = Detection(_name(target), "unknown", findings=error.findings)
+        planned = Plan(_name(target), "failed", broken, findings=error.findings)
+    _raise_if(strict, planned.findings)
+    return planned
+
+
+class _Digest(threading.Thread):
+    """SHA-256 of the source, computed while other work is done (hashing holds no interpreter lock)."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(daemon=True)
+        self._source, self._error, self._value = source, None, ""
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = sha256_of(self._source.chunks())
+        except BaseException as error:
+            self._error = error
+
+    def value(self) -> str:
+        self.join()
+        if self._error:
+            raise self._error
+        return self._value
+
+
+def output_path(planned: Plan, out: Path) -> Path:
+    """Where the output goes: `out` itself if it names a safetensors file, else the layout's name inside it."""
+    return out if out.suffix == ".safetensors" else out / planned.file_name
+
+
+def _refuse_overwrite(target: Target, path: Path, force: bool) -> None:
+    if not isinstance(target, bytes | bytearray | memoryview):
+        source = Path(_name(target))
+        if path.exists() and source.exists() and path.samefile(source):
+            raise UsageError(f"the output {shown(str(path))} is the input; name another with -o")
+    if path.is_dir():
+        raise UsageError(f"the output {shown(str(path))} is a folder")
+    if path.exists() and not force:
+        raise UsageError(f"the output {shown(str(path))} exists; --force replaces it")
+
+
+def convert(
+    target: Target,
+    out: str | Path,
+    *,
+    force: bool = False,
+    validated: bool = True,
+    max_header: int = MAX_HEADER,
+    progress: Progress | None = None,
+    strict: bool = False,
+    **options: Any,
+) -> ConvertResult:
+    """Convert a LoRA file and prove the result before it is put in place.
+
+    `out` is a file name ending in `.safetensors`, or a folder. Options: `to` (`diffusers`, `kohya`, `comfy`), `family`,
+    `alpha` (`fold`, `header`), `dtype` (`fp16`, `bf16`, `fp32`), `config`, `skip` (patterns of tensor names).
+    `validated=False` leaves the proof out. A bad file gives findings and writes nothing, or with `strict` raises
+    FileError; a wrong call (the output exists, an unknown option) raises UsageError.
+    """
+    asked = _options(options)
+    try:
+        with _opened(target, max_header, asked.skip) as source:
+            planned = _planned(source, asked)
+            if planned.ok:
+                path = output_path(planned, Path(out))
+                _refuse_overwrite(target, path, force)
+                result = _write(source, planned, path, validated, progress)
+            else:
+                status: Literal["refused", "failed"] = "refused" if planned.status == "refused" else "failed"
+                result = ConvertResult(planned.file, status, planned, findings=planned.findings)
+    except FileError as error:
+        result = ConvertResult(_name(target), "failed", findings=error.findings)
+    _raise_if(strict, result.findings)
+    return result
+
+
+class _Abandoned(Exception):
+    """Leaves the block of an atomic file without publishing it."""
+
+
+def _write(source: Source, planned: Plan, path: Path, validated: bool, progress: Progress | None) -> ConvertResult:
+    """Execute the plan into the target's place, unless the values or the proof are bad."""
+    digest = _Digest(source)
+    total = sum(tensor.nbytes for tensor in source.header.tensors.values())
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        if progress:
+            progress("converting", done, total)
+
+    findings = list(planned.findings)
+    proof = None
+    try:
+        with atomic_file(path) as file:
+            if _is_own_output(planned, source):
+                for chunk in source.chunks():
+                    file.write(chunk)
+            else:
+                noticed = execute(planned, source, file, output_metadata(planned, digest.value(), __version__), advance)
+                findings += noticed.closing_findings()
+                findings += _idle_findings(noticed.idle, planned)
+            file.flush()
+            if severest(findings) == "error":
+                raise _Abandoned
+            with open_source(file) as output:
+                if validated:
+                    proof = _prove(output, str(path), source, planned.detection, progress)
+                    findings += [finding for finding in proof.findings if finding.severity == "error"]
+                    if not proof.ok:
+                        raise _Abandoned
+                record = OutputRecord(str(path), output.reader.size, sha256_of(output.chunks()))
+    except _Abandoned:
+        return ConvertResult(planned.file, "failed", planned, proof=proof, findings=tuple(findings))
+    return ConvertResult(planned.file, "converted", planned, (record,), proof, tuple(findings))
+
+
+def _is_own_output(planned: Plan, source: Source) -> bool:
+    """Whether the file is one of ours already and nothing asked for changes it: then its bytes are the output."""
+    metadata = source.header.metadata
+    if f"{PROVENANCE}version" not in metadata or metadata.get("lora_adapter_metadata") != planned.adapter_metadata:
+        return False
+    tensors = source.header.tensors
+    return len(tensors) == len(planned.tensors) and all(
+        tensor.name in tensors
+        and tensors[tensor.name].dtype == tensor.dtype
+        and tensors[tensor.name].shape == tensor.shape
+        for tensor in planned.tensors
+    ) and all(step.copies for step in planned.steps)  # fmt: skip
+
+
+def _idle_findings(idle: Sequence[str], planned: Plan) -> list[Finding]:
+    if not idle:
+        return []
+    if len(idle) == len(planned.steps):
+        return [Finding("no-effect", "warning", "", "Every module's change is zero: the file changes nothing.")]
+    return [Finding("no-effect", "note", "", f"{len(idle)} modules change nothing (all zeros): {listed(idle)}.")]
+
+
+def _prove(
+    output: Source, name: str, source: Source, truth: Detection, progress: Progress | None, family: str | None = None
+) -> ValidateResult:
+    """The rungs of the proof, on an open output against an open source."""
+    found = detect(output, family=family or truth.family)
+    modules = len(found.payload)
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        if progress:
+            progress("proving", done, modules)
+
+    structure = check_structure(found)
+    if structure.status == "fail":
+        rungs = {"structure": structure}
+    else:
+        rungs = {
+            "structure": structure,
+            "numbers": check_numbers(output, found),
+            "delta": check_deltas(output, found, source, truth, advance),
+        }
+    return _verdict(name, truth.file, found, rungs)
+
+
+def _verdict(name: str, against: str | None, found: Detection, rungs: Mapping[str, Rung]) -> ValidateResult:
+    failed = any(rung.status == "fail" for rung in rungs.values())
+    findings = tuple(finding for rung in rungs.values() for finding in rung.findings)
+    return ValidateResult(name, against, "fail" if failed else "pass", found.family, rungs, findings)
+
+
+def validate(
+    out: Target,
+    against: Target | None = None,
+    *,
+    family: str | None = None,
+    config: Path | None = None,
+    max_header: int = MAX_HEADER,
+    skip: Sequence[str] = (),
+    progress: Progress | None = None,
+    strict: bool = False,
+) -> ValidateResult:
+    """Check a LoRA file: structure and numbers, and with `against` the ΔW of every module against that source.
+
+    `family` decides ties for both files; `config` is the source's peft configuration, `skip` leaves tensors of the
+    source out. A bad file gives a result with status `fail`, or with `strict` raises FileError.
+    """
+    try:
+        with _opened(out, max_header) as output:
+            if against is None:
+                result = _verdict_alone(output, family, config)
+            else:
+                with _opened(against, max_header, skip) as source:
+                    truth = detect(source, family=family, config=config)
+                    result = _against(output, _name(out), source, truth, progress, family)
+    except FileError as error:
+        broken = Rung("fail", "the file cannot be read", findings=error.findings)
+        result = ValidateResult(_name(out), None, "fail", None, {"structure": broken}, error.findings)
+    _raise_if(strict, result.findings)
+    return result
+
+
+def _against(
+    output: Source, name: str, source: Source, truth: Detection, progress: Progress | None, family: str | None
+) -> ValidateResult:
+    if truth.family is None or not truth.ok:
+        reason = "the source itself is not sound"
+        findings = tuple(replace(finding, message=f"(in the source) {finding.message}") for finding in truth.findings)
+        return ValidateResult(name, truth.file, "fail", None, {"structure": Rung("fail", reason)}, findings)
+    return _prove(output, name, source, truth, progress, family)
+
+
+def _verdict_alone(output: Source, family: str | None, config: Path | None) -> ValidateResult:
+    found = detect(output, family=family, config=config)
+    rungs = {"structure": check_structure(found)}
+    if rungs["structure"].status == "pass":
+        rungs["numbers"] = check_numbers(output, found)
+    rungs["delta"] = Rung("skipped", "there is no source to compare with (--against)")
+    return _verdict(output.header.path, None, found, rungs)

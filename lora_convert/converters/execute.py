@@ -1,0 +1,170 @@
+"""Plan -> bytes: every step's tensors read, rescaled and written, one module in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_convert.containers import Source
+from lora_convert.containers.dtypes import numpy_dtype
+from lora_convert.converters.adapters import Lora, read_adapter
+from lora_convert.converters.folding import Split, rescaled, split_scale
+from lora_convert.converters.metadata import STALE, Hashes, with_hashes
+from lora_convert.converters.plan import OutputTensor, Plan, Step
+from lora_convert.converters.values import count_zeros, is_finite, is_zero
+from lora_convert.converters.writer import header_bytes, offsets
+from lora_convert.hashes import legacy_hash
+from lora_convert.report import Finding
+
+__all__ = ["Execution", "execute", "run_step"]
+
+Array = NDArray[Any]
+Progress = Callable[[int], None]
+
+_MOST_FINDINGS = 20
+_CHUNK = 1 << 20
+
+
+@dataclass
+class Execution:
+    """What was noticed while a plan ran. `rounding` is the largest relative error that folding caused, by module."""
+
+    findings: list[Finding] = field(default_factory=list)
+    rounding: dict[str, float] = field(default_factory=dict)
+    underflows: dict[str, int] = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
+
+    def closing_findings(self) -> list[Finding]:
+        """Findings that sum up over the modules."""
+        findings = self.findings[:_MOST_FINDINGS]
+        if len(self.findings) > _MOST_FINDINGS:
+            more = len(self.findings) - _MOST_FINDINGS
+            findings.append(Finding(self.findings[-1].name, "error", "", f"{more} more tensors have such values."))
+        if self.rounding:
+            worst = max(self.rounding, key=self.rounding.__getitem__)
+            message = (
+                f"Folding the scale rounded the matrices of {len(self.rounding)} modules; "
+                f"relative error at most {self.rounding[worst]:.1e} (estimated)."
+            )
+            fix = "--alpha header keeps the matrices as they are (read by diffusers 0.34 and later)."
+            findings.append(Finding("alpha-rounded", "note", worst, message, fix))
+        if self.underflows:
+            worst = max(self.underflows, key=self.underflows.__getitem__)
+            message = f"{sum(self.underflows.values())} values became zero in {len(self.underflows)} tensors."
+            findings.append(Finding("underflow", "note", worst, message))
+        return findings
+
+
+def _check_source(step: Step, factors: Lora, noticed: Execution) -> bool:
+    """Whether the stored values are numbers; a finding for each tensor where they are not."""
+    sound = True
+    for part, values in (("down", factors.down), ("up", factors.up), ("mid", factors.mid)):
+        if values is not None and not is_finite(values):
+            bad = int(values.size - np.isfinite(values.astype(np.float32)).sum())
+            message = f"{bad} of its {values.size} values are NaN or infinite."
+            fix = "The training broke down or the file is damaged; --skip can leave the module out."
+            noticed.findings.append(Finding("not-finite", "error", step.source.tensors[part], message, fix))
+            sound = False
+    return sound
+
+
+def _split(step: Step, factors: Lora, group: tuple[OutputTensor, ...]) -> Split:
+    down, up = (numpy_dtype(tensor.dtype) for tensor in group[:2])
+    if step.fold == 1.0 and factors.down.dtype == down and factors.up.dtype == up:
+        return Split(1.0, 1.0)
+    return split_scale(factors.down, factors.up, step.fold, down, up)
+
+
+def _alpha(step: Step, tensor: OutputTensor) -> Array:
+    return np.array(step.alpha, numpy_dtype(tensor.dtype))
+
+
+def run_step(step: Step, source: Source, noticed: Execution) -> Iterator[tuple[OutputTensor, Array]]:
+    """The arrays of a step's output tensors. What is wrong with the values is noted, and nothing more is yielded."""
+    factors = read_adapter(source, step.source)
+    assert isinstance(factors, Lora)
+    if not _check_source(step, factors, noticed):
+        return
+    name = step.source.modules[0].name
+    if step.fold == 0.0 or is_zero(factors.up) or is_zero(factors.down):
+        noticed.idle.append(name)
+    plain = factors.to_lora()
+    split = _split(step, plain, step.outputs[0])
+    if split.error > 0.0:
+        noticed.rounding[name] = split.error
+    first_row = 0
+    for target, group in zip(step.source.modules, step.outputs, strict=True):
+        rows = plain.rows(first_row, first_row + target.shape[0])
+        first_row += target.shape[0]
+        for tensor in group:
+            if tensor.role == "alpha":
+                yield tensor, _alpha(step, tensor)
+                continue
+            values, factor = (rows.down, split.down) if tensor.role == "down" else (rows.up, split.up)
+            yield tensor, _converted(values, factor, tensor, noticed)
+
+
+def _converted(values: Array, factor: float, tensor: OutputTensor, noticed: Execution) -> Array:
+    """A matrix in the output's dtype and shape; overflow and underflow are noted."""
+    dtype = numpy_dtype(tensor.dtype)
+    converted = rescaled(values, factor, dtype)
+    if converted is not values:
+        if not is_finite(converted):
+            message = f"times {factor:g} its values do not fit {tensor.dtype}."
+            fix = "Write a wider dtype (--dtype fp32), or keep the scale in the header (--alpha header)."
+            noticed.findings.append(Finding("overflow", "error", tensor.name, message, fix))
+        lost = count_zeros(converted) - count_zeros(values) if factor else 0
+        if lost > 0:
+            noticed.underflows[tensor.name] = lost
+    return converted.reshape(tensor.shape)
+
+
+def execute(plan: Plan, source: Source, file: BinaryIO, metadata: dict[str, str], progress: Progress | None = None) -> Execution:
+    """Write the plan's output to an open file, header last because it holds hashes of what comes before.
+
+    Returns what was noticed; if that has errors, the file's content is not to be used.
+    """
+    noticed = Execution()
+    start = len(header_bytes(plan.tensors, metadata))
+    places = offsets(plan.tensors)
+    for step in plan.steps:
+        for tensor, values in run_step(step, source, noticed) if step.outputs else ():
+            file.seek(start + places[tensor.name])
+            file.write(np.ascontiguousarray(values).view(np.uint8).data if values.size else b"")
+        if progress:
+            progress(sum(source.header.tensors[name].nbytes for name in step.source.tensors.values()))
+    if not noticed.findings:
+        final = with_hashes(metadata, _hashes(plan, file, start, metadata)) if plan.tensors else metadata
+        file.seek(0)
+        file.write(header_bytes(plan.tensors, final))
+    return noticed
+
+
+def _hashes(plan: Plan, file: BinaryIO, start: int, metadata: dict[str, str]) -> Hashes:
+    """Hashes of the data just written, if the metadata asks for them.
+
+    kohya's legacy hash is of the file as it would be with training metadata alone, so positions count from there.
+    """
+    if not STALE.keys() & metadata.keys():
+        return Hashes("", "")
+    size = file.seek(0, 2) - start
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    training_header = header_bytes(plan.tensors, training)
+
+    def read_at(offset: int, length: int) -> bytes:
+        inside = training_header[offset : offset + length]
+        if len(inside) < length:
+            file.seek(start + max(0, offset - len(training_header)))
+            inside += file.read(length - len(inside))
+        return inside
+
+    digest = hashlib.sha256()
+    file.seek(start)
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+    return Hashes(digest.hexdigest(), legacy_hash(read_at, len(training_header) + size)[:8])

@@ -1,0 +1,220 @@
+"""The proof without torch: structure, numbers and ΔW of an output, compared with its source module by module.
+
+ΔW is never formed: for low-rank changes the norm of a difference follows from the factors. With A₂ ≈ c·A₁ the difference
+is written as products of small rests, so that nothing cancels:
+    s₂B₂A₂ − s₁B₁A₁ = s₂(D_B·A₂ + t·B₁·D_A),  D_A = A₂ − cA₁,  D_B = B₂ − tB₁,  t = s₁/(s₂c)
+and ‖X·Y‖² = ⟨XᵀX, YYᵀ⟩ takes r × r matrices only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_convert.containers import Source
+from lora_convert.converters.adapters import ALGORITHMS, Lora, read_adapter
+from lora_convert.converters.values import is_finite, is_zero
+from lora_convert.inspect.detection import AdaptedModule, Detection
+from lora_convert.report import Finding, listed
+
+__all__ = ["Rung", "check_deltas", "check_numbers", "check_structure", "relative_error"]
+
+Array = NDArray[Any]
+
+TOLERANCE: Mapping[str, float] = {"F32": 1e-6, "F64": 1e-6, "F16": 3e-4, "BF16": 2.4e-3}
+"""Largest relative error of ΔW, by the output's dtype: one factor rounded once, uniformly distributed mantissas."""
+
+_MOST_FINDINGS = 20
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the proof: `pass`, `fail` or `skipped` (with the reason), and its figures."""
+
+    status: Literal["pass", "fail", "skipped"]
+    reason: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"status": self.status, "reason": self.reason, **self.figures}
+
+
+def _product_norm(left: Array, right: Array) -> float:
+    """‖left · right‖ for (m, r) and (r, n)."""
+    return math.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T), dtype=np.float64))))
+
+
+def _is_close_to_power(value: float) -> float:
+    """The power of two that a ratio means if it is within rounding of one, else the ratio."""
+    if not value or not math.isfinite(value):
+        return value
+    power = math.copysign(2.0 ** round(math.log2(abs(value))), value)
+    return power if abs(value / power - 1.0) < 1e-3 else value
+
+
+def _ratio(second: Array, first: Array) -> float:
+    """c for which second ≈ c·first."""
+    square = float(np.vdot(first, first))
+    return _is_close_to_power(float(np.vdot(first, second)) / square) if square else 0.0
+
+
+def _difference(first: Lora, second: Lora) -> float:
+    """‖ΔW₂ − ΔW₁‖ by small rests, for factors of one shape."""
+    ratio = _ratio(second.down, first.down)
+    if not ratio or not second.scale:
+        return _general_difference(first, second)
+    rest_down = second.down - ratio * first.down
+    through = first.scale / (second.scale * ratio)
+    rest_up = second.up - through * first.up
+    if not rest_down.any():
+        return abs(second.scale) * _product_norm(rest_up, second.down) if rest_up.any() else 0.0
+    left = np.concatenate([rest_up, through * first.up], axis=1)
+    right = np.concatenate([second.down, rest_down], axis=0)
+    return abs(second.scale) * _product_norm(left, right)
+
+
+def _general_difference(first: Lora, second: Lora) -> float:
+    """‖ΔW₂ − ΔW₁‖ for any ranks; cancellation limits it to about 1e-8 of the norm, so in float64."""
+    left = np.concatenate([second.scale * second.up.astype(np.float64), -first.scale * first.up.astype(np.float64)], axis=1)
+    right = np.concatenate([second.down.astype(np.float64), first.down.astype(np.float64)], axis=0)
+    return _product_norm(left, right)
+
+
+def _wide(adapter: Lora) -> Lora:
+    """The factors in float32 where that is exact and enough, else in float64."""
+    short = adapter.up.dtype.itemsize <= 2 and adapter.down.dtype.itemsize <= 2
+    wide = np.float32 if short else np.float64
+    return Lora(adapter.down.astype(wide), adapter.up.astype(wide), None, adapter.scale, adapter.kernel)
+
+
+def _same_bytes(first: Lora, second: Lora) -> bool:
+    return first.scale == second.scale and all(
+        one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        for one, other in ((first.down, second.down), (first.up, second.up))
+    )
+
+
+def relative_error(source: Lora, output: Lora) -> float:
+    """‖ΔW_output − ΔW_source‖ / ‖ΔW_source‖; infinite if only the source is zero."""
+    source, output = source.to_lora(), output.to_lora()
+    if _same_bytes(source, output):
+        return 0.0
+    first, second = _wide(source), _wide(output)
+    same = first.down.shape == second.down.shape and first.up.shape == second.up.shape
+    difference = _difference(first, second) if same else _general_difference(first, second)
+    if not difference:
+        return 0.0
+    norm = abs(first.scale) * _product_norm(first.up, first.down)
+    return difference / norm if norm else math.inf
+
+
+def check_structure(detection: Detection) -> Rung:
+    """Every tensor of the output belongs to a module of its family, with the module's shape."""
+    if detection.kind != "lora" or detection.family is None:
+        errors = detection.findings
+    else:
+        errors = tuple(finding for finding in detection.findings if finding.severity == "error")
+    figures = {"modules": len(detection.payload), "tensors": detection.tensors}
+    return Rung("fail" if errors else "pass", figures=figures, findings=errors)
+
+
+def check_numbers(source: Source, detection: Detection) -> Rung:
+    """All values are finite, and not all of them zero."""
+    broken, zero = [], 0
+    for module in detection.payload:
+        parts = {part: source.read(name) for part, name in module.tensors.items() if part not in ("alpha", "scalar")}
+        broken += [module.tensors[part] for part, values in parts.items() if not is_finite(values)]
+        zero += any(is_zero(values) for values in parts.values()) or module.scale == 0.0
+    findings = [
+        Finding("not-finite", "error", name, "It holds NaN or infinity.", "The file is damaged; train or fetch it again.")
+        for name in broken[:_MOST_FINDINGS]
+    ]
+    if zero and zero == len(detection.payload):
+        findings.append(Finding("no-effect", "warning", "", "Every module's change is zero: the file changes nothing."))
+    status: Literal["pass", "fail"] = "fail" if broken else "pass"
+    return Rung(status, figures={"not_finite": len(broken), "zero_modules": zero}, findings=tuple(findings))
+
+
+def _by_target(detection: Detection) -> dict[str, tuple[AdaptedModule, int, int]]:
+    """Adapted module and its block of rows, by the name of the target module."""
+    found = {}
+    for module in detection.payload:
+        row = 0
+        for target in module.modules:
+            found[target.name] = module, row, row + target.shape[0]
+            row += target.shape[0]
+    return found
+
+
+def _lora(source: Source, place: tuple[AdaptedModule, int, int]) -> Lora:
+    module, start, stop = place
+    adapter = read_adapter(source, module)
+    return (adapter.rows(start, stop) if len(module.modules) > 1 else adapter).to_lora()
+
+
+def _changes_nothing(place: tuple[AdaptedModule, int, int]) -> bool:
+    return place[0].rank == 0
+
+
+def _tolerance(source: Source, module: AdaptedModule, narrowed: bool) -> float:
+    dtypes = {source.header.tensors[module.tensors[part]].dtype for part in ("down", "up")}
+    return max(TOLERANCE.get(dtype, TOLERANCE["F16"]) for dtype in dtypes) * (math.sqrt(2) if narrowed else 1.0)
+
+
+def _missing(ours: Sequence[str], theirs: Sequence[str], message: str) -> list[Finding]:
+    lost = [name for name in ours if name not in set(theirs)]
+    return [Finding("delta-mismatch", "error", "", f"{len(lost)} modules {message}: {listed(lost)}.")] if lost else []
+
+
+def check_deltas(
+    output: Source, found: Detection, source: Source, truth: Detection, progress: Callable[[int], None] | None = None
+) -> Rung:
+    """ΔW of every module of the output against the source's, in relative Frobenius norm; the worst are named."""
+    foreign = {m.algorithm for m in (*found.payload, *truth.payload)} - ALGORITHMS.keys()
+    if foreign:
+        return Rung("skipped", f"{', '.join(sorted(foreign))} cannot be compared by this version")
+    ours, theirs = _by_target(found), _by_target(truth)
+    theirs = {name: place for name, place in theirs.items() if name in ours or not _changes_nothing(place)}
+    findings = _missing(list(theirs), list(ours), "of the source are not in the output")
+    findings += _missing(list(ours), list(theirs), "of the output are not in the source")
+    errors: dict[str, float] = {}
+    for name in theirs.keys() & ours.keys():
+        errors[name] = relative_error(_lora(source, theirs[name]), _lora(output, ours[name]))
+        module = ours[name][0]
+        narrowed = _narrowed(source, theirs[name][0], output, module)
+        limit = _tolerance(output, module, narrowed)
+        if not errors[name] <= limit:
+            message = f"its ΔW differs from the source's by {errors[name]:.2e} of its norm; at most {limit:.1e} is allowed."
+            fix = "A wider dtype (--dtype fp32) or --alpha header keeps more."
+            findings.append(Finding("delta-mismatch", "error", name, message, fix))
+        if progress:
+            progress(1)
+    worst = sorted(errors, key=lambda name: (-errors[name], name))[:5]
+    figures = {
+        "modules": len(errors),
+        "worst": errors[worst[0]] if worst else None,
+        "worst_modules": [{"module": name, "error": _json_number(errors[name])} for name in worst if errors[name]],
+        "exact_modules": sum(not error for error in errors.values()),
+    }
+    figures["worst"] = _json_number(figures["worst"])
+    failed = bool(findings)
+    return Rung("fail" if failed else "pass", figures=figures, findings=tuple(findings[:_MOST_FINDINGS]))
+
+
+def _json_number(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _narrowed(source: Source, before: AdaptedModule, output: Source, after: AdaptedModule) -> bool:
+    """Whether both factors were rounded, because the output's dtype is narrower."""
+    bits = [
+        {source.header.tensors[before.tensors[part]].dtype for part in ("down", "up")},
+        {output.header.tensors[after.tensors[part]].dtype for part in ("down", "up")},
+    ]
+    return bits[0] != bits[1]

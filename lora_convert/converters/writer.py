@@ -1,0 +1,121 @@
+"""Writing safetensors: a header like the reference writer's, streamed data, and a file that is whole or not there.
+
+The output is written to a temporary file in the target's folder, flushed to disk and renamed, so that a crash, a full
+disk or a kill leaves the old file or the new one. A temporary file that a killed run left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from lora_convert.converters.plan import OutputTensor
+from lora_convert.errors import UsageError
+from lora_convert.report import shown
+
+__all__ = ["atomic_file", "header_bytes", "offsets"]
+
+_ALIGNMENT = 8
+
+
+def offsets(tensors: Sequence[OutputTensor]) -> dict[str, int]:
+    """Where each tensor begins, counted from the end of the header; they lie one after the other."""
+    position = 0
+    starts = {}
+    for tensor in tensors:
+        starts[tensor.name] = position
+        position += tensor.nbytes
+    return starts
+
+
+def header_bytes(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of the header, padded with spaces to a multiple of 8 bytes as the reference writer does."""
+    content: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts = offsets(tensors)
+    for tensor in tensors:
+        start = starts[tensor.name]
+        content[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.nbytes],
+        }
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Take the file's lock without waiting; False if a living process holds it. Always True where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _remove_litter(target: Path) -> None:
+    """Remove temporary files of this target whose writer is dead (its lock is gone)."""
+    for path in target.parent.glob(f".{_glob_escape(target.name)}.*.part"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            if _lock(file):
+                path.unlink()
+
+
+def _glob_escape(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself durable, where folders can be opened (not on Windows)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output's folder. Raises UsageError, in a sentence, if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder {shown(str(folder))} cannot be made: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the target's place when the block ends well, and vanishes if it does not.
+
+    Raises UsageError if the folder cannot be written to; OSError (a full disk) passes through after cleaning up.
+    """
+    make_folder(target.parent)
+    _remove_litter(target)
+    temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    try:
+        file = temporary.open("xb+")
+    except OSError as error:
+        raise UsageError(f"nothing can be written to {shown(str(target.parent))}: {error.strerror}") from None
+    try:
+        with file:
+            _lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(target.parent)

@@ -1,0 +1,141 @@
+"""What a file was found to be: the result of inspecting it, and its JSON."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lora_convert.families import Module
+from lora_convert.report import SCHEMA, Finding, severest
+
+__all__ = ["AdaptedModule", "Detection", "Rival"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """What the file changes at one place of the base model.
+
+    `modules` are the targets: one, or the row blocks of a fused original, in row order. `tensors` maps the algorithm's
+    field names to tensor names. `scale` is the factor of up·down that applies; None where alphas were not read.
+    """
+
+    modules: tuple[Module, ...]
+    algorithm: str
+    tensors: Mapping[str, str]
+    spelling: str
+    rank: int | None = None
+    alpha: float | None = None
+    scale: float | None = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """Another family that was considered, and why it was not chosen (or cannot be told apart)."""
+
+    family: str
+    modules: int
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"family": self.family, "modules": self.modules, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a file is, why, and what else it could be. `payload` holds the adapted modules of a LoRA-like file.
+
+    `kind` is `lora`, `embedding`, `ip-adapter`, `checkpoint`, `controlnet`, `vae`, … or `unknown`; `family` and
+    `trainer` are None where the file does not tell.
+    """
+
+    file: str
+    kind: str
+    family: str | None = None
+    trainer: str | None = None
+    payload: tuple[AdaptedModule, ...] = ()
+    evidence: tuple[str, ...] = ()
+    rivals: tuple[Rival, ...] = ()
+    unexplained: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    tensors: int = 0
+    bytes: int = 0
+    dtypes: Mapping[str, int] | None = None
+    metadata: Mapping[str, str] | None = None
+    trigger_words: tuple[str, ...] = ()
+    training: Mapping[str, str] | None = None
+    hashes: Mapping[str, str] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no finding of severity error."""
+        return severest(self.findings) != "error"
+
+    @cached_property
+    def algorithms(self) -> Mapping[str, int]:
+        """Number of modules by algorithm."""
+        return dict(Counter(module.algorithm for module in self.payload).most_common())
+
+    @cached_property
+    def spelling(self) -> str | None:
+        """The spelling of most modules; `evidence` names the others."""
+        counts = Counter(module.spelling for module in self.payload).most_common(1)
+        return counts[0][0] if counts else None
+
+    @cached_property
+    def components(self) -> Mapping[str, int]:
+        """Number of adapted modules by component, in pipeline order."""
+        counts = Counter(target.component for module in self.payload for target in module.modules)
+        return {name: counts[name] for name in ("unet", "text_encoder", "text_encoder_2") if name in counts}
+
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """Number of modules by rank."""
+        counts = Counter(module.rank for module in self.payload if module.rank is not None)
+        return {str(rank): counts[rank] for rank in sorted(counts)}
+
+    @cached_property
+    def alphas(self) -> Mapping[str, int]:
+        """Number of modules by alpha (as text: JSON has no NaN); `none` where the file gives none."""
+        counts = Counter("none" if module.alpha is None else f"{module.alpha:g}" for module in self.payload)
+        return dict(sorted(counts.items(), key=lambda item: _as_number(item[0])))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of `inspect --json`."""
+        content: dict[str, Any] = {
+            "schema": SCHEMA,
+            "file": self.file,
+            "kind": self.kind,
+            "family": self.family,
+            "trainer": self.trainer,
+            "spelling": self.spelling,
+            "algorithms": dict(self.algorithms),
+            "modules": len(self.payload),
+            "components": dict(self.components),
+            "ranks": dict(self.ranks),
+            "alphas": dict(self.alphas),
+            "dtypes": dict(self.dtypes or {}),
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "trigger_words": list(self.trigger_words),
+            "training": dict(self.training or {}),
+            "evidence": list(self.evidence),
+            "rivals": [rival.as_dict() for rival in self.rivals],
+            "unexplained": list(self.unexplained),
+            "metadata": dict(self.metadata or {}),
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+        if self.hashes is not None:
+            content["hashes"] = dict(self.hashes)
+        return content
+
+
+def _as_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return -math.inf
+    return math.inf if math.isnan(value) else value

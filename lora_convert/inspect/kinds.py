@@ -1,0 +1,87 @@
+"""Files that hold no LoRA-like adapter, or one for a base model without a table: what they are instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_convert.containers import Header
+
+__all__ = ["OTHER_BASES", "OtherKind", "other_kind"]
+
+_WIDTHS = frozenset({768, 1024, 1280, 4096})
+_MOST_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class OtherKind:
+    """A row: the kind's name, how to say it, and the test on the tensor names."""
+
+    kind: str
+    title: str
+    test: Callable[[Header], bool]
+
+
+def _any(pattern: str) -> Callable[[Header], bool]:
+    compiled = re.compile(pattern)
+    return lambda header: any(compiled.match(name) for name in header.tensors)
+
+
+def _all(*tests: Callable[[Header], bool]) -> Callable[[Header], bool]:
+    return lambda header: all(test(header) for test in tests)
+
+
+def _is_embedding(header: Header) -> bool:
+    """A few vectors as wide as a text encoder's, under names without a module path."""
+    tensors = header.tensors
+    return 0 < len(tensors) <= _MOST_TOKENS and all(
+        len(tensor.shape) in (1, 2) and tensor.shape[-1] in _WIDTHS and not name.endswith((".weight", ".bias"))
+        for name, tensor in tensors.items()
+    )
+
+
+OTHER_KINDS: Sequence[OtherKind] = (
+    OtherKind(
+        "ip-adapter",
+        "an IP-Adapter",
+        _any(r"(image_proj|image_proj_model|ip_adapter|adapter_modules)\.|\d+\.to_[kv]_ip\.weight|\d+\.to_(q|k|v|out)_lora\."),
+    ),
+    OtherKind(
+        "controlnet",
+        "a ControlNet",
+        _any(r"lora_controlnet$|control_model\.|controlnet_cond_embedding\.|controlnet_(down|mid)_block|input_hint_block\.|zero_convs\."),
+    ),
+    OtherKind("checkpoint", "a full checkpoint", _any(r"model\.diffusion_model\..*\.(weight|bias)$|cond_stage_model\.|conditioner\.embedders\.")),
+    OtherKind("vae", "a VAE", _all(_any(r"(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in)"), _any(r".*quant_conv\."))),
+    OtherKind("vae", "a VAE", _any(r"first_stage_model\.")),
+    OtherKind(
+        "checkpoint",
+        "a whole UNet",
+        _any(r"(unet\.)?(down_blocks\.0\.resnets\.0\.conv1|input_blocks\.1\.0\.in_layers\.2)\.weight$"),
+    ),
+    OtherKind("text-encoder", "a whole text encoder", _any(r"(text_model\.embeddings|text_model\.encoder\.layers\.0\.layer_norm1)\.")),
+    OtherKind("embedding", "a textual-inversion embedding", _any(r"(.*\.)?(emb_params|emp_params|string_to_param\.\*)$")),
+    OtherKind("embedding", "a textual-inversion embedding", _is_embedding),
+)  # fmt: skip
+"""Tried in this order on files without any adapter that the tables explain."""
+
+
+def other_kind(header: Header) -> OtherKind | None:
+    """What the file is, if it is one of the kinds known by name."""
+    return next((kind for kind in OTHER_KINDS if kind.test(header)), None)
+
+
+OTHER_BASES: Mapping[str, str] = {
+    r".*double_blocks[._]\d+[._]img_mod": "Flux",
+    r".*(double_blocks|single_blocks)[._]\d+[._](img_attn|txt_attn|linear1|linear2)": "Flux",
+    r".*single_transformer_blocks[._]\d+": "Flux",
+    r".*joint_blocks[._]\d+": "Stable Diffusion 3",
+    r".*transformer_blocks[._]\d+[._](attn[._]add_[qkv]_proj|ff_context)": "Stable Diffusion 3 or Flux",
+    r"(lora_unet_|diffusion_model\.|transformer\.)?blocks[._]\d+[._](self_attn|cross_attn)": "Wan",
+    r".*(img_attn_qkv|txt_attn_qkv)": "HunyuanVideo",
+    r".*layers[._]\d+[._](attention[._]|feed_forward[._]|adaLN_modulation)": "Lumina or Z-Image",
+    r".*(lora_prior_unet_|effnet)": "Stable Cascade",
+    r".*self_attn[._][qkvo]_proj": "a language model",
+}
+"""Module names of base models without a table yet, most telling first."""

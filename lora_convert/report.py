@@ -1,0 +1,127 @@
+"""What the package says: findings with names, as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["FINDINGS", "SCHEMA", "Finding", "Severity", "printable", "severest", "shown", "to_json"]
+
+SCHEMA = 1
+"""Version of the JSON that `--json` prints and `as_dict()` returns."""
+
+Severity = Literal["note", "warning", "error"]
+
+_ORDER: Mapping[str, int] = {"note": 0, "warning": 1, "error": 2}
+
+FINDINGS: Mapping[str, str] = {
+    # the container
+    "malformed-header": "the file breaks the safetensors format",
+    "unknown-field": "a header entry has a field that the format does not define",
+    "leading-space": "the header starts with white space instead of `{`",
+    "suspicious-name": "a tensor name that no trainer writes",
+    "empty-file": "there are no tensors, or nothing in them",
+    "not-weights": "the content is something else than the file name promises",
+    "unreadable": "the file cannot be opened or read",
+    # what it is
+    "unknown-format": "no known kind of adapter fits the tensors",
+    "unsupported-kind": "recognised, but not something this version converts",
+    "ambiguous-family": "the tensors fit several families equally",
+    "unexplained-tensor": "a tensor that belongs to no known module or parameter",
+    "missing-partner": "half of a pair of matrices is absent",
+    "shape-misfit": "a tensor does not fit the module it names",
+    "duplicate-module": "one module is given twice, under two names",
+    "base-variant": "fits only a variant of the base model (inpainting and the like)",
+    "unreadable-config": "an adapter configuration that cannot be used",
+    # what the numbers say
+    "alpha-unknown": "the scale was left out of the file; 1 is assumed",
+    "alpha-convention": "trainer and readers disagree on the scale; the readers' is used",
+    "odd-alpha": "an alpha that is zero, negative or otherwise unusual",
+    "not-finite": "NaN or infinity",
+    "no-effect": "a module, or the whole file, changes nothing",
+    "overflow": "a value does not fit the output's dtype",
+    "underflow": "values became zero in the output's dtype",
+    "dtype-changed": "the output has another dtype than the source",
+    "alpha-rounded": "folding the scale into the matrices rounded them",
+    "folded": "factors were multiplied together once, because the target has fewer",
+    # what was done
+    "skipped": "tensors were left out because the user asked for it",
+    "not-for-comfyui": "ComfyUI does not read this layout",
+    "delta-mismatch": "the output does not change the weights as the source does",
+    "module-not-loaded": "a module of the file did not arrive in the model",
+}
+"""Every finding's name and what it means; docs/findings.md explains each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing worth saying: a name out of `FINDINGS`, what it is about, what was expected and found, what to do."""
+
+    name: str
+    severity: Severity
+    subject: str
+    message: str
+    fix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name not in FINDINGS:
+            raise ValueError(f"{self.name!r} is not a known finding")
+
+    def __str__(self) -> str:
+        subject = f"{shown(self.subject)}: " if self.subject else ""
+        return f"{self.name}: {subject}{printable(self.message)}" + (f" {printable(self.fix)}" if self.fix else "")
+
+    def as_dict(self) -> dict[str, str]:
+        return {
+            "name": self.name,
+            "severity": self.severity,
+            "subject": self.subject,
+            "message": self.message,
+            "fix": self.fix,
+        }
+
+
+def severest(findings: Iterable[Finding]) -> Severity | None:
+    """The highest severity among the findings, None if there are none."""
+    return max((finding.severity for finding in findings), key=_ORDER.__getitem__, default=None)
+
+
+def printable(text: str) -> str:
+    """Text out of a file, made safe for a terminal: control, format (bidirectional) and surrogate characters escaped."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character if not unicodedata.category(character).startswith(("C", "Zl", "Zp")) else _escape(character)
+        for character in text
+    )
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def shown(text: str, limit: int = 120) -> str:
+    """`printable`, and shortened in the middle when it is longer than `limit` characters."""
+    safe = printable(text)
+    if len(safe) <= limit:
+        return safe
+    half = (limit - 1) // 2
+    return f"{safe[:half]}…{safe[-half:]}"
+
+
+def listed(items: Sequence[str], limit: int = 5) -> str:
+    """A sentence fragment that names the first few items and counts the others."""
+    named = ", ".join(shown(item) for item in items[:limit])
+    rest = len(items) - limit
+    return f"{named} and {rest} more" if rest > 0 else named
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """One line of JSON; only ASCII, so that no character out of a file reaches the terminal raw."""
+    return json.dumps(content, ensure_ascii=True, allow_nan=False)

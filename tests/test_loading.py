@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from safetensors.torch import save_file  # noqa: E402
+
+from lora_convert.errors import Unrepresentable  # noqa: E402
+from lora_convert.families import FAMILIES  # noqa: E402
+from lora_convert.runtime.loading import LoadingFailed, load_adapter  # noqa: E402
+
+Factors = Mapping[str, tuple[Any, Any, float]]  # module: A, B, alpha
+
+UNET_AND_FIRST_ENCODER = (
+    "unet.conv_in",
+    "unet.time_embedding.linear_1",
+    "unet.down_blocks.1.attentions.0.proj_in",
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0",
+    "unet.down_blocks.0.downsamplers.0.conv",
+    "unet.mid_block.resnets.1.conv2",
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+    "text_encoder.text_model.encoder.layers.11.mlp.fc1",
+)
+SECOND_ENCODER = (
+    "text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj",
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc2",
+    "text_encoder_2.text_projection",
+)
+FILES = {
+    "sd15": ("sd15", UNET_AND_FIRST_ENCODER),
+    "sd15-unet": ("sd15", UNET_AND_FIRST_ENCODER[:7]),
+    "sd15-text": ("sd15", UNET_AND_FIRST_ENCODER[7:]),
+    "sdxl": ("sdxl", UNET_AND_FIRST_ENCODER + SECOND_ENCODER),
+    "sdxl-second-text": ("sdxl", SECOND_ENCODER),
+    "sdxl-refiner": ("sdxl-refiner", UNET_AND_FIRST_ENCODER[:2] + SECOND_ENCODER),
+}
+
+
+def factors(family: str, names: tuple[str, ...], dtype: Any) -> Factors:
+    """Random factors whose ranks and scales differ from module to module."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for number, name in enumerate(names):
+        out, inner, *kernel = FAMILIES[family].modules[name].shape
+        rank = 2 + number % 3
+        down = torch.randn(rank, inner, *kernel, generator=generator).to(dtype)
+        up = torch.randn(out, rank, *(1 for _ in kernel), generator=generator).to(dtype)
+        made[name] = (down, up, 1.0 + number)
+    return made
+
+
+def write(path: Path, modules: Factors, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a canonical file: PEFT's names, and the scales in the header."""
+    tensors = dict(extra or {})
+    header: dict[str, Any] = {}
+    for name, (down, up, alpha) in modules.items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
+        component, _, module = name.partition(".")
+        module = module.removeprefix("text_model.")
+        pattern = f"^{module}" if component == "unet" else module
+        header.setdefault(f"{component}.r", 1)
+        header.setdefault(f"{component}.lora_alpha", 1.0)
+        header.setdefault(f"{component}.rank_pattern", {})[pattern] = down.shape[0]
+        header.setdefault(f"{component}.alpha_pattern", {})[pattern] = alpha
+        header.setdefault(f"{component}.target_modules", []).append(module)
+    save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(header)})
+    return path
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_module_arrives_with_its_change(file: str, tmp_path: Path) -> None:
+    family, names = FILES[file]
+    modules = factors(family, names, torch.float16)
+    loaded = load_adapter(write(tmp_path / "lora.safetensors", modules), family)
+    assert set(loaded.deltas) == set(names)
+    assert loaded.warnings == ()
+    for name, (down, up, alpha) in modules.items():
+        delta = loaded.deltas[name]
+        assert tuple(delta.shape) == FAMILIES[family].modules[name].shape
+        rank = down.shape[0]
+        expected = alpha / rank * torch.einsum("or,ri->oi", up.double().flatten(1), down.double().flatten(1))
+        assert delta.dtype == torch.float32
+        torch.testing.assert_close(delta.double().flatten(1), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [("float32",), ("bfloat16",), ("float16", "bfloat16")])
+def test_no_value_is_rounded_by_loading(dtypes: tuple[str, ...], tmp_path: Path) -> None:
+    names = UNET_AND_FIRST_ENCODER[2:4] + UNET_AND_FIRST_ENCODER[7:]
+    modules = {
+        name: factors("sd15", (name,), getattr(torch, dtypes[number % len(dtypes)]))[name]
+        for number, name in enumerate(names)
+    }
+    loaded = load_adapter(write(tmp_path / "lora.safetensors", modules), "sd15")
+    for name, (down, up, alpha) in modules.items():
+        expected = alpha / down.shape[0] * (up.float().flatten(1) @ down.float().flatten(1))
+        assert torch.equal(loaded.deltas[name].flatten(1), expected)
+
+
+def test_modules_of_another_family_are_not_counted(tmp_path: Path) -> None:
+    modules = factors("sdxl", UNET_AND_FIRST_ENCODER[:1] + SECOND_ENCODER, torch.float16)
+    loaded = load_adapter(write(tmp_path / "lora.safetensors", modules), "sd15")
+    assert list(loaded.deltas) == ["unet.conv_in"]
+
+
+def test_warnings_of_the_loader_are_returned_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modules = factors("sd15", UNET_AND_FIRST_ENCODER, torch.float16)
+    stray = {"text_encoder.text_model.encoder.layers.99.mlp.fc1.lora_A.weight": torch.zeros(2, 768)}
+    handlers = logging.getLogger("diffusers").handlers
+    capsys.readouterr()
+    loaded = load_adapter(write(tmp_path / "lora.safetensors", modules, stray), "sd15")
+    assert any("layers.99.mlp.fc1" in warning for warning in loaded.warnings)
+    assert capsys.readouterr() == ("", "")
+    assert logging.getLogger("diffusers").handlers is handlers
+
+
+def test_what_the_loader_refuses_is_reported_in_its_words(tmp_path: Path) -> None:
+    modules = factors("sd15", ("text_encoder.text_model.encoder.layers.0.mlp.fc1",), torch.float16)
+    with pytest.raises(LoadingFailed, match="ValueError: Could not automatically infer state dict type"):
+        load_adapter(write(tmp_path / "lora.safetensors", modules), "sd15")
+
+
+@pytest.mark.parametrize("parameter", ["lora_magnitude_vector.weight", "lora_B.bias"])
+def test_more_than_a_weight_change_is_refused(parameter: str, tmp_path: Path) -> None:
+    modules = factors("sd15", ("unet.conv_in",), torch.float16)
+    path = write(tmp_path / "lora.safetensors", modules, {f"unet.conv_in.{parameter}": torch.ones(320)})
+    with pytest.raises(Unrepresentable, match=rf"^unet\.conv_in\.{parameter}: "):
+        load_adapter(path, "sd15")
