@@ -1,4 +1,4 @@
-"""The exceptions of the package. Bad files are findings in a result; these are raised with `strict=True` or on misuse."""
+"""The exceptions of the package. Bad files are findings in a result; these are raised by `strict` or on misuse."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ class FileError(LoraConvertError):
         return type(self), (self.findings,)
 
 
-class Unrepresentable(LoraConvertError):
+class Unrepresentable(LoraConvertError):  # noqa: N818 (a property of the adapter, not a mistake)
     """An adapter has no exact form of the kind asked for; the message says why."""

@@ -1,8 +1,8 @@
 """The hashes by which sites and tools know a model file.
 
-`sha256` is of the whole file (Civitai's AutoV2 is its first 10 digits), `tensors` of the bytes behind the header (kohya's
-`sshs_model_hash`, AutoV3 is its first 12), AutoV1 and kohya's legacy hash are of 64 KiB at 1 MiB. Sources: sd-scripts
-`library/train_util.py` (`addnet_hash_legacy`, `addnet_hash_safetensors`), AUTOMATIC1111 `modules/hashes.py`.
+`sha256` is of the whole file (Civitai's AutoV2 is its first 10 digits), `tensors` of the bytes behind the header
+(kohya's `sshs_model_hash`, AutoV3 is its first 12), AutoV1 and kohya's legacy hash are of 64 KiB at 1 MiB. Sources:
+sd-scripts `library/train_util.py` (`addnet_hash_legacy`, `addnet_hash_safetensors`), AUTOMATIC1111 `modules/hashes.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 __all__ = ["file_hashes", "sha256_of"]
 
@@ -32,12 +33,18 @@ def legacy_hash(read_at: ReadAt, size: int) -> str:
     return hashlib.sha256(read_at(start, min(_LEGACY_SIZE, size - start))).hexdigest()
 
 
-def _blake3() -> Callable[[], hashlib._Hash] | None:
+class _Digest(Protocol):
+    def update(self, data: bytes, /) -> object: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def _blake3() -> _Digest | None:
     try:
         from blake3 import blake3
     except ImportError:
         return None
-    return blake3  # type: ignore[no-any-return]
+    return blake3()
 
 
 def file_hashes(chunks: Iterator[bytes], read_at: ReadAt, size: int, data_start: int) -> dict[str, str]:
@@ -46,8 +53,7 @@ def file_hashes(chunks: Iterator[bytes], read_at: ReadAt, size: int, data_start:
     `data_start` is where tensor bytes begin.
     """
     whole, data = hashlib.sha256(), hashlib.sha256()
-    make_blake3 = _blake3()
-    tree = make_blake3() if make_blake3 else None
+    tree = _blake3()
     crc = position = 0
     for chunk in chunks:
         whole.update(chunk)

@@ -90,7 +90,7 @@ def severest(findings: Iterable[Finding]) -> Severity | None:
 
 
 def printable(text: str) -> str:
-    """Text out of a file, made safe for a terminal: control, format (bidirectional) and surrogate characters escaped."""
+    """Text out of a file, safe for a terminal: control, format (bidirectional) and surrogate characters escaped."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -113,6 +113,11 @@ def shown(text: str, limit: int = 120) -> str:
         return safe
     half = (limit - 1) // 2
     return f"{safe[:half]}…{safe[-half:]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def listed(items: Sequence[str], limit: int = 5) -> str:

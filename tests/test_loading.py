@@ -15,7 +15,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from lora_convert.errors import Unrepresentable  # noqa: E402
 from lora_convert.families import FAMILIES  # noqa: E402
-from lora_convert.runtime.loading import LoadingFailed, load_adapter  # noqa: E402
+from lora_convert.runtime.loading import LoadingError, load_adapter  # noqa: E402
 
 Factors = Mapping[str, tuple[Any, Any, float]]  # module: A, B, alpha
 
@@ -124,7 +124,7 @@ def test_warnings_of_the_loader_are_returned_not_printed(tmp_path: Path, capsys:
 
 def test_what_the_loader_refuses_is_reported_in_its_words(tmp_path: Path) -> None:
     modules = factors("sd15", ("text_encoder.text_model.encoder.layers.0.mlp.fc1",), torch.float16)
-    with pytest.raises(LoadingFailed, match="ValueError: Could not automatically infer state dict type"):
+    with pytest.raises(LoadingError, match="ValueError: Could not automatically infer state dict type"):
         load_adapter(write(tmp_path / "lora.safetensors", modules), "sd15")
 
 

@@ -66,7 +66,8 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
         return np.dtype(_NUMPY[dtype])
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, _ML_DTYPES[dtype]))
+    scalar: type[Any] = getattr(ml_dtypes, _ML_DTYPES[dtype])
+    return np.dtype(scalar)
 
 
 def to_array(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -1,8 +1,8 @@
 """The header of a weight file: names, dtypes and shapes, and a strict parser of safetensors headers.
 
-Format: https://huggingface.co/docs/safetensors (8 bytes of little-endian length, a JSON object, the tensors' bytes). The
-parser accepts exactly what the reference reader (safetensors 0.8) accepts, but refuses duplicate names also where the
-reference takes the last one in silence, and says of every violation what and where it is.
+Format: https://huggingface.co/docs/safetensors (8 bytes of little-endian length, a JSON object, the tensors' bytes).
+The parser accepts exactly what the reference reader (safetensors 0.8) accepts, but refuses duplicate names also where
+the reference takes the last one in silence, and says of every violation what and where it is.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Header:
     data_start: int = 0
 
 
-class _Duplicate(ValueError):
+class _DuplicateError(ValueError):
     pass
 
 
@@ -74,7 +74,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Duplicate(f"the name {shown(name)!r} stands twice in one JSON object")
+        raise _DuplicateError(f"the name {shown(name)!r} stands twice in one JSON object")
     return result
 
 
@@ -99,12 +99,10 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         message = f"the header is not valid UTF-8: byte {error.object[error.start]:#04x} at offset {8 + error.start}."
         raise FileError([_malformed("", message)]) from None
     try:
-        content = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_plain_integer
-        )
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_plain_integer)
         if "\\u" in text:
             json.dumps(content, ensure_ascii=False).encode("utf-8")  # a lone surrogate escape decodes, but is no text
-    except _Duplicate as error:
+    except _DuplicateError as error:
         raise FileError([_malformed("", f"{error}.")]) from None
     except UnicodeEncodeError:
         raise FileError([_malformed("", "the header has an unpaired surrogate escape.")]) from None
@@ -124,6 +122,34 @@ def _is_unsigned(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**64
 
 
+def _wrong_fields(dtype: object, shape: object, offsets: object, data_size: int) -> str | None:
+    """What is wrong with the three fields of an entry, as a sentence; None if nothing is."""
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"its dtype {shown(str(dtype))!r} is not one that the format defines."
+    if not isinstance(shape, list) or not all(map(_is_unsigned, shape)):
+        return f"its shape {shown(json.dumps(shape))} is not a list of whole numbers."
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_unsigned, offsets)):
+        return f"its data_offsets {shown(json.dumps(offsets))} are not two whole numbers."
+    start, end = offsets
+    if end < start:
+        return f"its bytes end ({end}) before they begin ({start})."
+    if end > data_size:
+        return f"its bytes end at {end}, but the file holds only {data_size} bytes of data."
+    return _wrong_size(dtype, shape, end - start)
+
+
+def _wrong_size(dtype: str, shape: list[int], given: int) -> str | None:
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements >= 2**64:  # what the reference's 64-bit arithmetic refuses; also keeps the product small
+            return f"its shape {shown(json.dumps(shape))} is too large."
+    bits = elements * BITS[dtype]
+    if bits != 8 * given:
+        return f"{dtype} of shape {shown(json.dumps(shape))} takes {bits / 8:g} bytes, but it is given {given}."
+    return None
+
+
 def _check_entry(name: str, entry: object, data_size: int) -> tuple[TensorInfo | None, list[Finding]]:
     """One tensor's entry as TensorInfo with offsets relative to the data, or the findings that say what is wrong."""
     if not isinstance(entry, dict):
@@ -131,32 +157,14 @@ def _check_entry(name: str, entry: object, data_size: int) -> tuple[TensorInfo |
     missing = sorted(_FIELDS - entry.keys())
     if missing:
         return None, [_malformed(name, f"its header entry lacks {', '.join(missing)}.")]
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        return None, [_malformed(name, f"its dtype {shown(str(dtype))!r} is not one that the format defines.")]
-    if not isinstance(shape, list) or not all(map(_is_unsigned, shape)):
-        return None, [_malformed(name, f"its shape {shown(json.dumps(shape))} is not a list of whole numbers.")]
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_unsigned, offsets)):
-        return None, [_malformed(name, f"its data_offsets {shown(json.dumps(offsets))} are not two whole numbers.")]
-    start, end = offsets
-    if end < start:
-        return None, [_malformed(name, f"its bytes end ({end}) before they begin ({start}).")]
-    if end > data_size:
-        return None, [_malformed(name, f"its bytes end at {end}, but the file holds only {data_size} bytes of data.")]
-    elements = 1
-    for size in shape:
-        elements *= size
-        if elements >= 2**64:  # what the reference's 64-bit arithmetic refuses; also keeps the product small
-            return None, [_malformed(name, f"its shape {shown(json.dumps(shape))} is too large.")]
-    bits = elements * BITS[dtype]
-    if bits != 8 * (end - start):
-        message = f"{dtype} of shape {shown(json.dumps(shape))} takes {bits / 8:g} bytes, but it is given {end - start}."
-        return None, [_malformed(name, message)]
+    wrong = _wrong_fields(entry["dtype"], entry["shape"], entry["data_offsets"], data_size)
+    if wrong:
+        return None, [_malformed(name, wrong)]
     findings = [
         Finding("unknown-field", "warning", name, f"its header entry has the unknown field {shown(extra)!r}.")
         for extra in sorted(entry.keys() - _FIELDS)
     ]
-    return TensorInfo(dtype, tuple(shape), Span(start, end)), findings
+    return TensorInfo(entry["dtype"], tuple(entry["shape"]), Span(*entry["data_offsets"])), findings
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], data_size: int) -> list[Finding]:
@@ -246,7 +254,9 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
     if not tensors:
         findings.append(Finding("empty-file", "error", "", "There are no tensors in the file."))
     placed = {
-        name: TensorInfo(tensor.dtype, tensor.shape, Span(data_start + tensor.where.start, data_start + tensor.where.end))
+        name: TensorInfo(
+            tensor.dtype, tensor.shape, Span(data_start + tensor.where.start, data_start + tensor.where.end)
+        )
         for name, tensor in tensors.items()
     }
     return Header(

@@ -11,7 +11,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 from lora_convert.containers import dtypes
 from lora_convert.containers.header import MAX_HEADER, MAX_HEADER_LIMIT, Header, parse_header
@@ -88,7 +88,7 @@ class Source:
     def __init__(self, header: Header, reader: Reader, *, remote: bool = False) -> None:
         self.header, self.reader, self.remote = header, reader, remote
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -1,0 +1,1 @@
+"""Detection -> Plan -> files, and the proof that they do the same."""

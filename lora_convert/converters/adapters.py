@@ -55,9 +55,7 @@ class Lora:
     def from_tensors(cls, tensors: Mapping[str, Array], scale: float, kernel: Sequence[int]) -> Lora:
         """From tensors as stored: matrices or 4-D, kernels flattened or not."""
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
-        return cls(
-            down.reshape(down.shape[0], -1), up.reshape(up.shape[0], up.shape[1]), mid, scale, tuple(kernel)
-        )
+        return cls(down.reshape(down.shape[0], -1), up.reshape(up.shape[0], up.shape[1]), mid, scale, tuple(kernel))
 
     def to_lora(self) -> Lora:
         if self.mid is None:
@@ -81,8 +79,6 @@ ALGORITHMS: Mapping[str, Callable[[Mapping[str, Array], float, Sequence[int]], A
 
 def read_adapter(source: Source, module: AdaptedModule) -> Adapter:
     """The adapter of one module with its values read. Raises KeyError for an algorithm that is not in `ALGORITHMS`."""
-    tensors = {
-        part: source.read(tensor) for part, tensor in module.tensors.items() if part not in ("alpha", "scalar")
-    }
+    tensors = {part: source.read(tensor) for part, tensor in module.tensors.items() if part not in ("alpha", "scalar")}
     scale = 1.0 if module.scale is None else module.scale
     return ALGORITHMS[module.algorithm](tensors, scale, module.modules[0].shape[2:])

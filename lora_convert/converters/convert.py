@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,7 +133,9 @@ def _skip(source: Source, patterns: Sequence[str]) -> Source:
     if unused:
         raise UsageError(f"--skip {shown(unused[0])!r} matches no tensor")
     lost = sum(header.tensors[name].nbytes for name in dropped)
-    message = f"{len(dropped)} of {len(header.tensors)} tensors ({lost:,} bytes) were left out as asked: {listed(dropped)}."
+    message = (
+        f"{len(dropped)} of {len(header.tensors)} tensors ({lost:,} bytes) were left out as asked: {listed(dropped)}."
+    )
     said = Finding("skipped", "warning", "", message)
     kept = {name: tensor for name, tensor in header.tensors.items() if name not in set(dropped)}
     return Source(replace(header, tensors=kept, findings=(*header.findings, said)), source.reader, remote=source.remote)
@@ -209,7 +210,7 @@ class _Digest(threading.Thread):
 
     def __init__(self, source: Source) -> None:
         super().__init__(daemon=True)
-        self._source, self._error, self._value = source, None, ""
+        self._source, self._value = source, ""
         self._error: BaseException | None = None
         self.start()
 
@@ -277,7 +278,7 @@ def convert(
     return result
 
 
-class _Abandoned(Exception):
+class _AbandonedError(Exception):
     """Leaves the block of an atomic file without publishing it."""
 
 
@@ -306,15 +307,15 @@ def _write(source: Source, planned: Plan, path: Path, validated: bool, progress:
                 findings += _idle_findings(noticed.idle, planned)
             file.flush()
             if severest(findings) == "error":
-                raise _Abandoned
+                raise _AbandonedError
             with open_source(file) as output:
                 if validated:
                     proof = _prove(output, str(path), source, planned.detection, progress)
                     findings += [finding for finding in proof.findings if finding.severity == "error"]
                     if not proof.ok:
-                        raise _Abandoned
+                        raise _AbandonedError
                 record = OutputRecord(str(path), output.reader.size, sha256_of(output.chunks()))
-    except _Abandoned:
+    except _AbandonedError:
         return ConvertResult(planned.file, "failed", planned, proof=proof, findings=tuple(findings))
     return ConvertResult(planned.file, "converted", planned, (record,), proof, tuple(findings))
 

@@ -124,7 +124,9 @@ def _converted(values: Array, factor: float, tensor: OutputTensor, noticed: Exec
     return converted.reshape(tensor.shape)
 
 
-def execute(plan: Plan, source: Source, file: BinaryIO, metadata: dict[str, str], progress: Progress | None = None) -> Execution:
+def execute(
+    plan: Plan, source: Source, file: BinaryIO, metadata: dict[str, str], progress: Progress | None = None
+) -> Execution:
     """Write the plan's output to an open file, header last because it holds hashes of what comes before.
 
     Returns what was noticed; if that has errors, the file's content is not to be used.

@@ -1,7 +1,7 @@
 """The proof without torch: structure, numbers and ΔW of an output, compared with its source module by module.
 
-ΔW is never formed: for low-rank changes the norm of a difference follows from the factors. With A₂ ≈ c·A₁ the difference
-is written as products of small rests, so that nothing cancels:
+ΔW is never formed: for low-rank changes the norm of a difference follows from the factors. With A₂ ≈ c·A₁ the
+difference is written as products of small rests, so that nothing cancels:
     s₂B₂A₂ − s₁B₁A₁ = s₂(D_B·A₂ + t·B₁·D_A),  D_A = A₂ − cA₁,  D_B = B₂ − tB₁,  t = s₁/(s₂c)
 and ‖X·Y‖² = ⟨XᵀX, YYᵀ⟩ takes r × r matrices only.
 """
@@ -59,7 +59,7 @@ def _is_close_to_power(value: float) -> float:
 
 
 def _ratio(second: Array, first: Array) -> float:
-    """c for which second ≈ c·first."""
+    """C for which second ≈ c·first."""
     square = float(np.vdot(first, first))
     return _is_close_to_power(float(np.vdot(first, second)) / square) if square else 0.0
 
@@ -81,7 +81,9 @@ def _difference(first: Lora, second: Lora) -> float:
 
 def _general_difference(first: Lora, second: Lora) -> float:
     """‖ΔW₂ − ΔW₁‖ for any ranks; cancellation limits it to about 1e-8 of the norm, so in float64."""
-    left = np.concatenate([second.scale * second.up.astype(np.float64), -first.scale * first.up.astype(np.float64)], axis=1)
+    left = np.concatenate(
+        [second.scale * second.up.astype(np.float64), -first.scale * first.up.astype(np.float64)], axis=1
+    )
     right = np.concatenate([second.down.astype(np.float64), first.down.astype(np.float64)], axis=0)
     return _product_norm(left, right)
 
@@ -132,7 +134,9 @@ def check_numbers(source: Source, detection: Detection) -> Rung:
         broken += [module.tensors[part] for part, values in parts.items() if not is_finite(values)]
         zero += any(is_zero(values) for values in parts.values()) or module.scale == 0.0
     findings = [
-        Finding("not-finite", "error", name, "It holds NaN or infinity.", "The file is damaged; train or fetch it again.")
+        Finding(
+            "not-finite", "error", name, "It holds NaN or infinity.", "The file is damaged; train or fetch it again."
+        )
         for name in broken[:_MOST_FINDINGS]
     ]
     if zero and zero == len(detection.payload):
@@ -190,7 +194,9 @@ def check_deltas(
         narrowed = _narrowed(source, theirs[name][0], output, module)
         limit = _tolerance(output, module, narrowed)
         if not errors[name] <= limit:
-            message = f"its ΔW differs from the source's by {errors[name]:.2e} of its norm; at most {limit:.1e} is allowed."
+            message = (
+                f"its ΔW differs from the source's by {errors[name]:.2e} of its norm; at most {limit:.1e} is allowed."
+            )
             fix = "A wider dtype (--dtype fp32) or --alpha header keeps more."
             findings.append(Finding("delta-mismatch", "error", name, message, fix))
         if progress:
@@ -198,17 +204,16 @@ def check_deltas(
     worst = sorted(errors, key=lambda name: (-errors[name], name))[:5]
     figures = {
         "modules": len(errors),
-        "worst": errors[worst[0]] if worst else None,
+        "worst": _json_number(errors[worst[0]]) if worst else None,
         "worst_modules": [{"module": name, "error": _json_number(errors[name])} for name in worst if errors[name]],
         "exact_modules": sum(not error for error in errors.values()),
     }
-    figures["worst"] = _json_number(figures["worst"])
     failed = bool(findings)
     return Rung("fail" if failed else "pass", figures=figures, findings=tuple(findings[:_MOST_FINDINGS]))
 
 
-def _json_number(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
 
 def _narrowed(source: Source, before: AdaptedModule, output: Source, after: AdaptedModule) -> bool:

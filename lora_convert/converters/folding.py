@@ -34,16 +34,10 @@ class Split:
     error: float = 0.0
 
 
-def _mantissa_bits(dtype: DType) -> int:
+def _finfo(dtype: DType) -> Any:
     import ml_dtypes
 
-    return int(ml_dtypes.finfo(dtype).nmant)
-
-
-def _largest(dtype: DType) -> float:
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(dtype).max)
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 def _sample(values: Array) -> Array:
@@ -81,7 +75,7 @@ class _Factor:
             return self._sample, np.full(self._sample.size, self._weight)
         bits = magnitudes(values)
         if self.same and dtype.itemsize > 1:
-            bits = bits[bits < (exponents << _mantissa_bits(dtype))]
+            bits = bits[bits < (exponents << _finfo(dtype).nmant)]
         if dtype.itemsize > 2:
             codes, counts = np.unique(bits, return_counts=True)
         else:
@@ -94,7 +88,7 @@ class _Factor:
         """Squared relative rounding error of the matrix times `factor`; infinite if a value overflows."""
         if factor == 1.0 and self.same:
             return 0.0
-        if self._peak * abs(factor) > _largest(self.dtype):
+        if self._peak * abs(factor) > float(_finfo(self.dtype).max):
             return math.inf
         mantissa, _ = math.frexp(factor)
         norm = float(np.square(self._sample * factor).sum()) * self._weight
@@ -153,9 +147,10 @@ def _named(name: str) -> DType:
 
 
 def _multiplied(values: Array, factor: float, dtype: DType) -> Array:
-    wide = np.float64 if values.dtype.itemsize > 2 or dtype.itemsize > 2 else np.float32
+    wide: DType = np.dtype(np.float64 if values.dtype.itemsize > 2 or dtype.itemsize > 2 else np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray((values.astype(wide) * wide(factor)).astype(dtype))
+        product: Array = np.multiply(values.astype(wide), factor, dtype=wide)
+        return product.astype(dtype)
 
 
 def rescaled(values: Array, factor: float, dtype: DType) -> Array:

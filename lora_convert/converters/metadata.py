@@ -36,9 +36,7 @@ def output_metadata(plan: Plan, source_sha256: str, version: str) -> dict[str, s
     source = plan.detection.metadata or {}
     family = FAMILIES[plan.detection.family or ""]
     kept = {
-        key: value
-        for key, value in source.items()
-        if key != "lora_adapter_metadata" and not key.startswith(PROVENANCE)
+        key: value for key, value in source.items() if key != "lora_adapter_metadata" and not key.startswith(PROVENANCE)
     }
     if "modelspec.implementation" in kept:
         kept["modelspec.implementation"] = LAYOUTS[plan.layout].implementation(family)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_convert.containers.dtypes import nbytes
 from lora_convert.containers.header import Header
-from lora_convert.converters.layout import LAYOUTS, Layout, Written
+from lora_convert.converters.layout import LAYOUTS, Written
 from lora_convert.errors import UsageError
-from lora_convert.families import FAMILIES, Family, Module
+from lora_convert.families import FAMILIES, Module
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.report import SCHEMA, Finding, severest
 
@@ -151,7 +151,9 @@ def _unsupported(payload: Sequence[AdaptedModule]) -> list[Finding]:
     counts = Counter(module.algorithm for module in payload if module.algorithm != "lora")
     for algorithm, number in counts.items():
         title = " with ".join(_TITLES.get(part, "LoRA") for part in algorithm.split("+"))
-        message = f"{number} of {len(payload)} modules are {title}, which this version recognises but cannot convert yet."
+        message = (
+            f"{number} of {len(payload)} modules are {title}, which this version recognises but cannot convert yet."
+        )
         findings.append(Finding("unsupported-kind", "error", algorithm, message, "inspect describes the file."))
     for module in payload:
         if "up_bias" in module.tensors:
@@ -178,7 +180,12 @@ def _output_dtype(header: Header, tensor: str, wanted: str | None) -> str:
 
 
 def _outputs(
-    module: AdaptedModule, rank: int, alpha: float, names: Mapping[Module, Mapping[str, str]], header: Header, dtype: str | None
+    module: AdaptedModule,
+    rank: int,
+    alpha: float,
+    names: Mapping[Module, Mapping[str, str]],
+    header: Header,
+    dtype: str | None,
 ) -> Iterator[tuple[OutputTensor, ...]]:
     """The tensors of each target module of one adapted module."""
     down_dtype = _output_dtype(header, module.tensors["down"], dtype)
@@ -251,7 +258,9 @@ def _change_findings(steps: Sequence[Step], header: Header, options: Options) ->
     for (before, after), number in sorted(changed.items()):
         if before != after:
             why = "as asked" if options.dtype else f"because Diffusers has no use for {before}"
-            findings.append(Finding("dtype-changed", "note", "", f"{number} matrices go from {before} to {after}, {why}."))
+            findings.append(
+                Finding("dtype-changed", "note", "", f"{number} matrices go from {before} to {after}, {why}.")
+            )
     tucker = sum("mid" in step.source.tensors for step in steps)
     if tucker:
         message = f"The Tucker cores of {tucker} convolutions are multiplied into their down matrices."

@@ -1,4 +1,4 @@
-"""Questions about an array's values, answered on the bits of its floats: many times faster than arithmetic on halves."""
+"""Questions about an array's values, answered on the bits of its floats, much faster than arithmetic on halves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 def magnitudes(values: Array) -> Array:
     """The bits without the sign, flat; as integers they are ordered as the magnitudes are, infinity and NaN last."""
     bits = values.reshape(-1).view(BITS[values.dtype.itemsize])
-    return bits & bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+    return np.asarray(bits & bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1))
 
 
 def peak(values: Array) -> float:

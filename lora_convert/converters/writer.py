@@ -51,7 +51,7 @@ def header_bytes(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Take the file's lock without waiting; False if a living process holds it. Always True where there are no locks."""
+    """Take the file's lock without waiting; False if a living process holds it. True where there are no locks."""
     try:
         import fcntl
     except ImportError:

@@ -1,14 +1,15 @@
 """Facts about base models: the modules of each family, their shapes, and what other codebases call them.
 
-The tables (`*.txt`) are generated from the diffusers and transformers classes by `python -m lora_convert.runtime.tables`
-and checked against the installed classes by a test, so that reading them needs no torch.
+The tables (`*.txt`) are generated from the diffusers and transformers classes by
+`python -m lora_convert.runtime.tables` and checked against the installed classes by a test, so that reading them needs
+no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from importlib import resources
 from types import MappingProxyType
 
@@ -63,7 +64,7 @@ class Family:
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(component: str, table: str) -> tuple[Module, ...]:
     text = resources.files(__name__).joinpath(f"{table}.txt").read_text(encoding="utf-8")
     return parse_table(component, text)

@@ -1,0 +1,1 @@
+"""Header -> Detection: what a file is, why, and what else it could be."""

@@ -1,7 +1,7 @@
 """Scales that are kept beside the tensors: peft's `adapter_config.json` and diffusers' `lora_adapter_metadata`.
 
-Both hold the fields of peft's LoraConfig. Patterns in them are regular expressions to peft; a stranger's expressions are
-never run here: what is not a plain module name, anchored or not, is refused.
+Both hold the fields of peft's LoraConfig. Patterns in them are regular expressions to peft; a stranger's expressions
+are never run here: what is not a plain module name, anchored or not, is refused.
 """
 
 from __future__ import annotations

@@ -295,8 +295,8 @@ def _variant_findings(match: _Match) -> list[Finding]:
             "base-variant",
             "warning",
             name,
-            f"conv_in takes {match.fitted[name].modules[0].shape[1]} channels: the {variant} variant of {match.family.title}.",
-            f"It loads only on an {variant} model." if variant[0] in "aeiouI" else f"It loads only on a {variant} model.",
+            f"conv_in takes {match.fitted[name].modules[0].shape[1]} channels, as {variant} models do.",
+            f"It loads only on such a variant of {match.family.title}.",
         )
         for name, variant in match.variants.items()
     ]
@@ -421,7 +421,9 @@ def _no_adapter(source: Source, groups: Mapping[str, _Group], base: Detection) -
         said = Finding("unsupported-kind", "warning", "", message, "inspect describes it; convert takes LoRA files.")
         return replace(base, kind=other.kind, findings=(*base.findings, said))
     names = tuple(source.header.tensors)
-    message = f"None of the {len(names)} tensors has a name that a known trainer writes, for example {listed(names, 3)}."
+    message = (
+        f"None of the {len(names)} tensors has a name that a known trainer writes, for example {listed(names, 3)}."
+    )
     unknown = Finding("unknown-format", "warning", "", message)
     return replace(base, kind="unknown", unexplained=names, findings=(*base.findings, unknown))
 

@@ -12,6 +12,7 @@ __all__ = ["OTHER_BASES", "OtherKind", "other_kind"]
 
 _WIDTHS = frozenset({768, 1024, 1280, 4096})
 _MOST_TOKENS = 64
+_EMBEDDING = "a textual-inversion embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +24,10 @@ class OtherKind:
     test: Callable[[Header], bool]
 
 
-def _any(pattern: str) -> Callable[[Header], bool]:
-    compiled = re.compile(pattern)
+def _any(*patterns: str) -> Callable[[Header], bool]:
+    """A test: some tensor's name begins like one of the patterns."""
+    compiled = re.compile("|".join(patterns))
     return lambda header: any(compiled.match(name) for name in header.tensors)
-
-
-def _all(*tests: Callable[[Header], bool]) -> Callable[[Header], bool]:
-    return lambda header: all(test(header) for test in tests)
 
 
 def _is_embedding(header: Header) -> bool:
@@ -45,25 +43,41 @@ OTHER_KINDS: Sequence[OtherKind] = (
     OtherKind(
         "ip-adapter",
         "an IP-Adapter",
-        _any(r"(image_proj|image_proj_model|ip_adapter|adapter_modules)\.|\d+\.to_[kv]_ip\.weight|\d+\.to_(q|k|v|out)_lora\."),
+        _any(
+            r"(image_proj|image_proj_model|ip_adapter|adapter_modules)\.",
+            r"\d+\.to_[kv]_ip\.weight",
+            r"\d+\.to_(q|k|v|out)_lora\.",  # the LoRA inside a FaceID adapter
+        ),
     ),
     OtherKind(
         "controlnet",
         "a ControlNet",
-        _any(r"lora_controlnet$|control_model\.|controlnet_cond_embedding\.|controlnet_(down|mid)_block|input_hint_block\.|zero_convs\."),
+        _any(
+            r"lora_controlnet$",
+            r"control_model\.",
+            r"controlnet_(cond_embedding|down_block|mid_block)",
+            r"(input_hint_block|zero_convs)\.",
+        ),
     ),
-    OtherKind("checkpoint", "a full checkpoint", _any(r"model\.diffusion_model\..*\.(weight|bias)$|cond_stage_model\.|conditioner\.embedders\.")),
-    OtherKind("vae", "a VAE", _all(_any(r"(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in)"), _any(r".*quant_conv\."))),
-    OtherKind("vae", "a VAE", _any(r"first_stage_model\.")),
+    OtherKind(
+        "checkpoint",
+        "a full checkpoint",
+        _any(r"model\.diffusion_model\..*\.(weight|bias)$", r"cond_stage_model\.", r"conditioner\.embedders\."),
+    ),
+    OtherKind("vae", "a VAE", _any(r"first_stage_model\.", r"(post_)?quant_conv\.")),
     OtherKind(
         "checkpoint",
         "a whole UNet",
         _any(r"(unet\.)?(down_blocks\.0\.resnets\.0\.conv1|input_blocks\.1\.0\.in_layers\.2)\.weight$"),
     ),
-    OtherKind("text-encoder", "a whole text encoder", _any(r"(text_model\.embeddings|text_model\.encoder\.layers\.0\.layer_norm1)\.")),
-    OtherKind("embedding", "a textual-inversion embedding", _any(r"(.*\.)?(emb_params|emp_params|string_to_param\.\*)$")),
-    OtherKind("embedding", "a textual-inversion embedding", _is_embedding),
-)  # fmt: skip
+    OtherKind(
+        "text-encoder",
+        "a whole text encoder",
+        _any(r"(text_model\.)?embeddings\.token_embedding\.weight$", r"text_model\.encoder\.layers\.0\.layer_norm1\."),
+    ),
+    OtherKind("embedding", _EMBEDDING, _any(r"(.*\.)?(emb_params|emp_params|string_to_param\.\*)$")),
+    OtherKind("embedding", _EMBEDDING, _is_embedding),
+)
 """Tried in this order on files without any adapter that the tables explain."""
 
 

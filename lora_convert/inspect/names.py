@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from lora_convert.families import FAMILIES, Component, Family, Module
 from lora_convert.inspect.spelling import PREFIXES, Naming
@@ -51,7 +51,7 @@ def _first_row(module: Module) -> int:
     return module.rows[0] if module.rows else 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def _family_index(family: str, component: str, separator: str) -> Mapping[str, Place]:
     part = FAMILIES[family].component(component)
     return _index(part, separator) if part else {}

@@ -135,7 +135,11 @@ def lora_misfits(shapes: Shapes, rows: int, module: Module) -> list[tuple[str, s
         columns = module.shape[1]
     elif len(up) > 1 and len(down) > 1 and up[1] != down[0]:
         wrong.append(("up", f"its shape {_dims(up)} has rank {up[1]}, but lora_down {_dims(down)} has rank {down[0]}"))
-    if len(down) not in (2, 4) or prod(down[1:]) != columns or (len(down) == 4 and mid is None and down[2:] not in (kernel, (1, 1))):
+    if (
+        len(down) not in (2, 4)
+        or prod(down[1:]) != columns
+        or (len(down) == 4 and mid is None and down[2:] not in (kernel, (1, 1)))
+    ):
         wrong.append(("down", f"its shape is {_dims(down)}, but the module takes {_dims(module.shape[1:])}"))
     return wrong
 

@@ -92,7 +92,7 @@ def _rows(algorithm: str, fields: Mapping[str, str]) -> tuple[Suffix, ...]:
 
 
 def _processor_rows() -> tuple[Suffix, ...]:
-    """diffusers before 0.18: LoRA layers live in the attention processor, or beside the text encoder's projections."""
+    """Diffusers before 0.18: LoRA layers live in the attention processor, or beside the text encoder's projections."""
     parts = {"to_q": ("to_q", "q_proj"), "to_k": ("to_k", "k_proj"), "to_v": ("to_v", "v_proj")}
     parts["to_out"] = ("to_out.0", "out_proj")
     rows = []

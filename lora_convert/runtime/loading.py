@@ -21,13 +21,13 @@ from lora_convert.runtime.architectures import PIPELINES, build_component, canon
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-__all__ = ["LoadedAdapter", "LoadingFailed", "load_adapter"]
+__all__ = ["LoadedAdapter", "LoadingError", "load_adapter"]
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 """Of components whose tensors all have one half precision; any other mixture fits into float32."""
 
 
-class LoadingFailed(LoraConvertError):
+class LoadingError(LoraConvertError):
     """The pipeline's own loader raised, or left a module without values; the message is its own where it has one."""
 
 
@@ -72,7 +72,7 @@ def load_adapter(path: Path, family: str) -> LoadedAdapter:
 
     No base weights are needed and none are allocated, so that this costs about the file's own size in memory.
     Raises KeyError for an unknown family, Unrepresentable for a file whose change is more than a ΔW that its own
-    tensors determine (DoRA, biases), LoadingFailed where the loader raises or gives an adapted module no values,
+    tensors determine (DoRA, biases), LoadingError where the loader raises or gives an adapted module no values,
     OSError or safetensors' SafetensorError for a file that cannot be read.
     """
     dtypes = _component_dtypes(path)
@@ -85,7 +85,7 @@ def load_adapter(path: Path, family: str) -> LoadedAdapter:
         try:
             pipeline.load_lora_weights(str(path), use_safetensors=True, local_files_only=True)
         except Exception as error:
-            raise LoadingFailed(f"{type(error).__name__}: {error}") from error
+            raise LoadingError(f"{type(error).__name__}: {error}") from error
     layers = dict(_adapted(components))
     return LoadedAdapter(family, _Deltas(layers), tuple(messages))
 
@@ -139,7 +139,7 @@ def _adapted(components: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, L
             if isinstance(layer, LoraLayer):
                 down, up, _ = _factors(layer)
                 if down.is_meta or up.is_meta:
-                    raise LoadingFailed(f"{prefix}{path}: the loader adapted it but gave it no values")
+                    raise LoadingError(f"{prefix}{path}: the loader adapted it but gave it no values")
                 yield prefix + path, layer
 
 

@@ -246,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not check:
             path.write_text(text, encoding="utf-8", newline="\n")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            print(f"{path.name} differs from the installed classes; run `{COMMAND}` and review the change.")
+            sys.stderr.write(
+                f"{path.name} differs from the installed classes; run `{COMMAND}` and review the change.\n"
+            )
             status = 1
     return status
 

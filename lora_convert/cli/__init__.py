@@ -1,0 +1,352 @@
+"""The command line: one thin function per verb over the library.
+
+Exit status: 0 done, 1 a finding of severity error (with `--fail-on warning` also a warning), 2 wrong usage or it could
+not run, 130 interrupted. With `--json` standard output has JSON alone, one object per line and file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from lora_convert._version import __version__
+from lora_convert.containers.header import MAX_HEADER, MAX_HEADER_LIMIT
+from lora_convert.errors import LoraConvertError, UsageError
+from lora_convert.families import FAMILIES
+from lora_convert.report import Finding, printable, severest, shown, to_json
+
+__all__ = ["cli", "run"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _options(*decorators: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_FAMILY = click.option(
+    "--family", type=click.Choice(list(FAMILIES)), help="The base model's family, where the file fits several."
+)
+_CONFIG = click.option(
+    "--config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The peft adapter_config.json of the file (default: the one beside it).",
+)
+_SKIP = click.option(
+    "--skip",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out tensors whose names match (*, ? and [] work); repeatable.",
+)
+_MAX_HEADER = click.option(
+    "--max-header",
+    type=click.IntRange(1, MAX_HEADER_LIMIT),
+    default=MAX_HEADER,
+    metavar="BYTES",
+    help=f"Largest header to read, at most {MAX_HEADER_LIMIT:,} (default {MAX_HEADER:,}).",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per file and line.")
+_FAIL_ON = click.option(
+    "--fail-on",
+    type=click.Choice(["warning", "error"]),
+    default="error",
+    help="The mildest finding for which the exit status is 1 (default error).",
+)
+_READING = _options(_FAMILY, _CONFIG, _SKIP, _MAX_HEADER, _JSON, _FAIL_ON)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lora-convert")
+def cli() -> None:
+    """Any LoRA file in, a Diffusers adapter out that provably does the same thing.
+
+    \b
+    Examples:
+      lora-convert inspect style.safetensors
+      lora-convert convert style.safetensors -o out/
+      lora-convert convert pytorch_lora_weights.safetensors --to kohya -o style.safetensors
+      lora-convert validate out/pytorch_lora_weights.safetensors --against style.safetensors
+    """
+
+
+def _say(as_json: bool, content: dict[str, Any], lines: Iterable[str]) -> None:
+    if as_json:
+        click.echo(to_json(content))
+    else:
+        for line in lines:
+            click.echo(line)
+
+
+def _exit_status(findings: Sequence[Finding], fail_on: str) -> int:
+    worst = severest(findings)
+    return 1 if worst == "error" or (worst == "warning" and fail_on == "warning") else 0
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@_READING
+@click.option(
+    "--hash", "hashes", is_flag=True, help="Add SHA-256, AutoV1, AutoV2, AutoV3, CRC32 (and BLAKE3 if installed)."
+)
+@click.option("--alphas", is_flag=True, help="Read the alphas of a remote file too (a few more requests).")
+def inspect(
+    files: tuple[str, ...],
+    family: str | None,
+    config: Path | None,
+    skip: tuple[str, ...],
+    max_header: int,
+    as_json: bool,
+    fail_on: str,
+    hashes: bool,
+    alphas: bool,
+) -> int:
+    """Say what weight files are, and why. Only headers and scalars are read.
+
+    FILE is a path, or hf://owner/repo/file on a hub (not downloaded).
+
+    \b
+    Examples:
+      lora-convert inspect style.safetensors
+      lora-convert inspect --json *.safetensors | jq .family
+      lora-convert inspect hf://owner/repo/style.safetensors --alphas
+    """
+    from lora_convert.cli.text import detection_lines
+    from lora_convert.converters.convert import identify
+
+    status = 0
+    for file in files:
+        found = identify(
+            file,
+            family=family,
+            config=config,
+            skip=skip,
+            max_header=max_header,
+            hashes=hashes,
+            alphas=True if alphas else None,
+        )
+        _say(as_json, found.as_dict(), detection_lines(found))
+        status = max(status, _exit_status(found.findings, fail_on))
+    return status
+
+
+def _outputs(files: tuple[str, ...], out: Path) -> list[Path]:
+    """Where each input's output goes: `out` for one file, `out/<stem>/` for several."""
+    if len(files) == 1:
+        return [out]
+    if out.suffix == ".safetensors":
+        raise UsageError(f"{len(files)} files cannot all become {shown(str(out))}; name a folder with -o")
+    stems = [Path(file).stem for file in files]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two of the files are called {shown(twice)}; convert them into separate folders")
+    return [out / stem for stem in stems]
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A folder, or a name ending in .safetensors. Several inputs go to PATH/<name>/.",
+)
+@click.option(
+    "--to",
+    type=click.Choice(["diffusers", "kohya", "comfy"]),
+    default="diffusers",
+    help="The layout to write (default diffusers; comfy is kohya's, which ComfyUI reads).",
+)
+@click.option(
+    "--alpha",
+    type=click.Choice(["fold", "header"]),
+    help="Fold alpha into the matrices (default), or keep them byte for byte and put alpha in the header.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="The dtype to write (default: the source's)."
+)
+@_READING
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--force", is_flag=True, help="Replace an output that exists.")
+@click.option("--no-validate", is_flag=True, help="Do not prove the result before it is put in place.")
+def convert(
+    files: tuple[str, ...],
+    out: Path | None,
+    to: str,
+    alpha: str | None,
+    dtype: str | None,
+    family: str | None,
+    config: Path | None,
+    skip: tuple[str, ...],
+    max_header: int,
+    as_json: bool,
+    fail_on: str,
+    dry_run: bool,
+    force: bool,
+    no_validate: bool,
+) -> int:
+    """Convert LoRA files, and prove that the results do the same thing.
+
+    \b
+    Examples:
+      lora-convert convert style.safetensors -o out/
+      lora-convert convert *.safetensors -o out/ --json > report.jsonl
+      lora-convert convert out/pytorch_lora_weights.safetensors --to kohya -o style.safetensors
+      lora-convert convert style.safetensors --dry-run
+    """
+    options: dict[str, Any] = {
+        "to": to,
+        "alpha": alpha,
+        "dtype": dtype,
+        "family": family,
+        "config": config,
+        "skip": skip,
+    }
+    if dry_run:
+        return _dry_run(files, max_header, as_json, fail_on, options)
+    if out is None:
+        raise UsageError("name the output with -o: a folder, or a file ending in .safetensors")
+    from lora_convert.cli.progress import progress_bar
+    from lora_convert.cli.text import conversion_lines
+    from lora_convert.converters.convert import convert as convert_file
+
+    status = 0
+    for file, target in zip(files, _outputs(files, out), strict=True):
+        with progress_bar(not as_json) as progress:
+            result = convert_file(
+                file,
+                target,
+                force=force,
+                validated=not no_validate,
+                max_header=max_header,
+                progress=progress,
+                **options,
+            )
+        _say(as_json, result.as_dict(), conversion_lines(result))
+        status = max(status, _exit_status(result.findings, fail_on))
+    return status
+
+
+def _dry_run(files: tuple[str, ...], max_header: int, as_json: bool, fail_on: str, options: dict[str, Any]) -> int:
+    from lora_convert.cli.text import plan_lines
+    from lora_convert.converters.convert import plan
+
+    status = 0
+    for file in files:
+        planned = plan(file, max_header=max_header, **options)
+        _say(as_json, planned.as_dict(), plan_lines(planned))
+        status = max(status, _exit_status(planned.findings, fail_on))
+    return status
+
+
+@cli.command()
+@click.argument("file")
+@click.option(
+    "--against", metavar="SOURCE", help="The file it was converted from: compares every module's weight change."
+)
+@_READING
+def validate(
+    file: str,
+    against: str | None,
+    family: str | None,
+    config: Path | None,
+    skip: tuple[str, ...],
+    max_header: int,
+    as_json: bool,
+    fail_on: str,
+) -> int:
+    """Check a LoRA file: its structure, its numbers, and that it does what its source does.
+
+    \b
+    Examples:
+      lora-convert validate out/pytorch_lora_weights.safetensors
+      lora-convert validate out/pytorch_lora_weights.safetensors --against style.safetensors
+    """
+    from lora_convert.cli.progress import progress_bar
+    from lora_convert.cli.text import validation_lines
+    from lora_convert.converters.convert import validate as validate_file
+
+    with progress_bar(not as_json) as progress:
+        result = validate_file(
+            file, against, family=family, config=config, skip=skip, max_header=max_header, progress=progress
+        )
+    _say(as_json, result.as_dict(), validation_lines(result))
+    return _exit_status(result.findings, fail_on) if result.ok else 1
+
+
+@cli.command()
+@_JSON
+def families(as_json: bool) -> int:
+    """List the base model families and how many modules of each can be adapted."""
+    for family in FAMILIES.values():
+        counts = {component.name: len(component.modules) for component in family.components}
+        parts = ", ".join(f"{name} {number}" for name, number in counts.items())
+        _say(
+            as_json,
+            {"schema": 1, "family": family.name, "title": family.title, "components": counts},
+            [f"{click.style(family.name, bold=True):20} {family.title}: {parts}"],
+        )
+    return 0
+
+
+@cli.command()
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    default=Path("lora-convert-demo"),
+    show_default=True,
+    metavar="DIR",
+    help="Where to put the demo's files.",
+)
+def demo(out: Path) -> int:
+    """Convert a real Kohya file that comes with the package, and show what was found, done and proved."""
+    from lora_convert.cli.demo import run_demo
+
+    return run_demo(out)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status; errors are one sentence on standard error."""
+    try:
+        return int(cli.main(arguments, prog_name="lora-convert", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return _failed("interrupted; no output was left half-written", 130)
+    except LoraConvertError as error:
+        return _failed(str(error), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return 2
+    except OSError as error:
+        where = f": {shown(error.filename)}" if isinstance(error.filename, str) else ""
+        return _failed(f"{error.strerror or error}{where}", 2)
+    except Exception as error:
+        if os.environ.get("LORA_CONVERT_DEBUG"):
+            raise
+        said = f"internal error ({type(error).__name__}: {shown(str(error))})"
+        return _failed(f"{said}. Please report it; LORA_CONVERT_DEBUG=1 shows where.", 2)
+
+
+def _failed(sentence: str, status: int) -> int:
+    click.echo(f"lora-convert: {printable(sentence)}", err=True)
+    return status
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())

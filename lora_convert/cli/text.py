@@ -1,0 +1,149 @@
+"""Results as text for people. Whatever came from a file goes through `printable`; nothing is markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import click
+
+from lora_convert.converters.convert import ConvertResult, ValidateResult
+from lora_convert.converters.plan import Plan
+from lora_convert.families import FAMILIES
+from lora_convert.inspect.detection import Detection
+from lora_convert.report import Finding, printable, shown
+
+__all__ = ["conversion_lines", "detection_lines", "finding_lines", "plan_lines", "size", "validation_lines"]
+
+_COLOURS = {"note": "blue", "warning": "yellow", "error": "red"}
+_LABEL = 14
+_MOST_VALUES = 6
+
+
+def size(number: int) -> str:
+    """Bytes in decimal units, as disks and download pages count them."""
+    amount = float(number)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            return f"{number} bytes" if unit == "bytes" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    raise AssertionError("unreachable")
+
+
+def _row(label: str, value: str) -> str:
+    return f"  {label:{_LABEL}}{value}"
+
+
+def finding_lines(findings: Sequence[Finding], indent: str = "  ") -> Iterator[str]:
+    """One line per finding: severity, name, subject, message, what to do."""
+    for finding in findings:
+        head = click.style(f"{finding.severity} {finding.name}", fg=_COLOURS[finding.severity])
+        subject = f" {shown(finding.subject)}:" if finding.subject else ""
+        fix = f" {printable(finding.fix)}" if finding.fix else ""
+        yield f"{indent}{head}{subject} {printable(finding.message)}{fix}"
+
+
+def _distribution(values: Mapping[str, int]) -> str:
+    """`16 (700), 32 (22)`; only the value where there is one."""
+    if len(values) == 1:
+        return next(iter(values))
+    common = sorted(values.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{value} ({number})" for value, number in common[:_MOST_VALUES])
+    return named + (f" and {len(values) - _MOST_VALUES} others" if len(values) > _MOST_VALUES else "")
+
+
+def _what(detection: Detection) -> str:
+    """One phrase: kind, family, trainer."""
+    if detection.kind != "lora":
+        return {"unknown": "not a file that this version knows"}.get(detection.kind, detection.kind)
+    names = ", ".join(detection.algorithms) or "LoRA"
+    family = (
+        f"{FAMILIES[detection.family].title} ({detection.family})" if detection.family else "an undecided base model"
+    )
+    trainer = f", by {detection.trainer}" if detection.trainer else ""
+    return f"{names.replace('lora', 'LoRA')} for {family}{trainer}"
+
+
+def detection_lines(detection: Detection) -> Iterator[str]:
+    """What `inspect` prints of one file."""
+    yield click.style(printable(detection.file), bold=True)
+    yield f"  {_what(detection)}"
+    if detection.payload:
+        parts = ", ".join(f"{name} {number}" for name, number in detection.components.items())
+        yield _row("modules", f"{len(detection.payload)} ({parts})")
+        yield _row("rank", _distribution(detection.ranks)) if detection.ranks else _row("rank", "none")
+        yield _row("alpha", _distribution(detection.alphas))
+        yield _row("spelling", str(detection.spelling))
+    if detection.dtypes:
+        yield _row("tensors", f"{detection.tensors} as {_distribution(detection.dtypes)}, {size(detection.bytes)}")
+    if detection.trigger_words:
+        yield _row("trigger words", ", ".join(shown(word) for word in detection.trigger_words))
+    for label, value in (detection.training or {}).items():
+        yield _row(label, shown(value))
+    for number, reason in enumerate(detection.evidence):
+        yield _row("" if number else "because", printable(reason))
+    for number, rival in enumerate(detection.rivals):
+        yield _row("" if number else "not", f"{rival.family} ({rival.modules} modules fit): {printable(rival.reason)}")
+    for name, value in (detection.hashes or {}).items():
+        yield _row(name, value)
+    yield from finding_lines(detection.findings)
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """What `convert --dry-run` prints of one file."""
+    yield click.style(printable(plan.file), bold=True) + f"  {_what(plan.detection)}"
+    if plan.ok:
+        for step in plan.steps:
+            names = ", ".join(module.name for module in step.source.modules)
+            done = "copied" if step.copies else f"times {step.fold:g}"
+            yield f"  {names}  rank {step.source.rank}, {done}" if step.outputs else f"  {names}  left out (rank 0)"
+        copied = sum(step.copies for step in plan.steps)
+        yield f"  would write {plan.file_name}: {len(plan.tensors)} tensors, {size(plan.bytes)}"
+        yield f"  {len(plan.steps)} modules, {copied} of them copied byte for byte"
+    else:
+        yield f"  {click.style(plan.status, fg='red')}: nothing would be written"
+    yield from finding_lines(plan.findings)
+
+
+def _proof_line(proof: ValidateResult) -> str:
+    delta = proof.rungs["delta"].figures if "delta" in proof.rungs else {}
+    modules, exact, worst = delta.get("modules", 0), delta.get("exact_modules", 0), delta.get("worst")
+    if not worst:
+        return f"proved: all {modules} weight changes are exactly the source's"
+    where = delta["worst_modules"][0]["module"] if delta["worst_modules"] else ""
+    return f"proved: all {modules} weight changes are the source's, {exact} exactly; worst error {worst:.1e} ({where})"
+
+
+def conversion_lines(result: ConvertResult) -> Iterator[str]:
+    """What `convert` prints of one file."""
+    name = click.style(printable(result.file), bold=True)
+    if not result.ok:
+        yield f"{name}: {click.style(result.status, fg='red')}, nothing was written"
+        yield from finding_lines(result.findings)
+        return
+    assert result.plan is not None
+    for output in result.outputs:
+        yield f"{name} → {click.style(printable(output.path), bold=True)}"
+        yield f"  {_what(result.plan.detection)}: {len(result.plan.steps)} modules, {size(output.bytes)}"
+        yield f"  sha256 {output.sha256}"
+    proof = _proof_line(result.proof) if result.proof else "not proved (--no-validate)"
+    yield "  " + click.style(proof, fg="green" if result.proof else None)
+    yield from finding_lines(result.findings)
+
+
+def validation_lines(result: ValidateResult) -> Iterator[str]:
+    """What `validate` prints of one file."""
+    verdict = click.style(result.status, fg="green" if result.ok else "red")
+    against = f" against {printable(result.against)}" if result.against else ""
+    yield f"{click.style(printable(result.file), bold=True)}{against}: {verdict}"
+    for name, rung in result.rungs.items():
+        yield _row(name, f"{rung.status}{f' ({rung.reason})' if rung.reason else ''}")
+        plain = {key: value for key, value in rung.figures.items() if not isinstance(value, list)}
+        if plain:
+            yield _row("", ", ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in plain.items()))
+        for entry in rung.figures.get("worst_modules", []):
+            yield _row("", f"{_figure(entry['error'])}  {entry['module']}")
+    yield from finding_lines(result.findings)
+
+
+def _figure(value: object) -> str:
+    return f"{value:.2e}" if isinstance(value, float) and value else str(0 if value == 0.0 else value)
