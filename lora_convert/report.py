@@ -26,6 +26,7 @@ FINDINGS: Mapping[str, str] = {
     "empty-file": "there are no tensors, or nothing in them",
     "not-weights": "the content is something else than the file name promises",
     "unreadable": "the file cannot be opened or read",
+    "several-files": "the address names no file, and there are several",
     # what it is
     "unknown-format": "no known kind of adapter fits the tensors",
     "unsupported-kind": "recognised, but not something this version converts",

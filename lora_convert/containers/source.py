@@ -170,7 +170,7 @@ def read_header(reader: Reader, path: str, max_header: int = MAX_HEADER) -> Head
     return parse_header(reader.read_at(8, length), reader.size, path)
 
 
-def _open_path(path: Path) -> BinaryIO:
+def open_path(path: Path) -> BinaryIO:
     """Open a regular file. Raises FileError, in a sentence, for everything else (a FIFO is never waited for)."""
     try:
         mode = path.stat().st_mode
@@ -195,7 +195,7 @@ def _reader(target: Target) -> tuple[Reader, str, bool]:
         return open_hub_file(target)
     if isinstance(target, str | os.PathLike):
         path = Path(target)
-        return FileReader(_open_path(path), owned=True), str(path), False
+        return FileReader(open_path(path), owned=True), str(path), False
     return FileReader(target, owned=False), shown(str(getattr(target, "name", "<file>"))), False
 
 

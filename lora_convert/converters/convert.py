@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,7 +121,9 @@ class ConvertResult:
 def _name(target: Target) -> str:
     if isinstance(target, bytes | bytearray | memoryview):
         return "<bytes>"
-    return str(getattr(target, "name", target))
+    if isinstance(target, str | os.PathLike):
+        return str(target)
+    return str(getattr(target, "name", "<file>"))
 
 
 def _skip(source: Source, patterns: Sequence[str]) -> Source:

@@ -47,6 +47,8 @@ class Options:
         ):
             if value not in known:
                 raise UsageError(f"{name} {value!r} is not one of {', '.join(filter(None, known))}")
+        if self.alpha == "fold" and not LAYOUTS[self.to].folds:
+            raise UsageError(f"--alpha fold does not go with --to {self.to}, which keeps alphas as tensors")
         return self
 
 

@@ -66,8 +66,13 @@ class _Match:
     variants: Mapping[str, str]
 
     @cached_property
-    def score(self) -> tuple[int, int]:
-        return len(self.fitted), self.exact
+    def score(self) -> tuple[int, int, int]:
+        return len(self.fitted), self.exact, self.named if not self.fitted else 0
+
+    @property
+    def named(self) -> int:
+        """Number of groups whose names are of this family, whatever their shapes."""
+        return len(self.fitted) + len(self.misfits)
 
 
 def _group(header: Header) -> tuple[dict[str, _Group], list[str]]:
@@ -183,15 +188,17 @@ def _choose(groups: Mapping[str, _Group], header: Header, wanted: str | None) ->
     total = len(groups)
     if wanted:
         return _Choice(best, (f"--family {wanted}: {len(best.fitted)} of {total} modules fit",))
-    if 2 * len(best.fitted) < total or not best.fitted:
+    if 2 * best.named < total:
         return _Choice(None, rivals=_rivals(ranked, None, groups))
+    if not best.fitted:
+        return _by_names(ranked, header, total)
     tied = [match for match in ranked if match.score == best.score]
     evidence = [f"{len(best.fitted)} of {total} modules have names and shapes of {best.family.title}"]
     if len(tied) > 1:
         hints = family_hints(header.metadata)
         hinted = [match for match in tied if match.family.name in hints]
         if len(hinted) != 1:
-            return _Choice(None, rivals=_tie(tied), findings=(_ambiguous(tied),))
+            return _Choice(None, rivals=_tie(tied), findings=(_ambiguous(tied, total),))
         best = hinted[0]
         evidence = [
             f"{len(best.fitted)} of {total} modules have names and shapes of {best.family.title}",
@@ -202,6 +209,14 @@ def _choose(groups: Mapping[str, _Group], header: Header, wanted: str | None) ->
     return _Choice(best, tuple(evidence), _rivals(ranked, best, groups))
 
 
+def _by_names(ranked: Sequence[_Match], header: Header, total: int) -> _Choice:
+    """The family of a file whose names are known and whose shapes fit nowhere: it is broken, and shall say where."""
+    hints = family_hints(header.metadata)
+    candidates = [match for match in ranked if match.named == ranked[0].named]
+    best = next((match for match in candidates if match.family.name in hints), candidates[0])
+    return _Choice(best, (f"{best.named} of {total} modules have names of {best.family.title}, none has its shapes",))
+
+
 def _names(matches: Iterable[_Match]) -> str:
     return " and ".join(match.family.name for match in matches)
 
@@ -210,8 +225,10 @@ def _tie(matches: Sequence[_Match]) -> tuple[Rival, ...]:
     return tuple(Rival(match.family.name, len(match.fitted), "all names and shapes fit") for match in matches)
 
 
-def _ambiguous(tied: Sequence[_Match]) -> Finding:
+def _ambiguous(tied: Sequence[_Match], total: int) -> Finding:
     message = f"The tensors fit {_names(tied)} equally, and the metadata names none of them."
+    if len(tied[0].fitted) < total:
+        message = f"{_names(tied)} each explain {len(tied[0].fitted)} of {total} modules, and none explains all."
     fix = f"Say which with --family ({', '.join(match.family.name for match in tied)})."
     return Finding("ambiguous-family", "error", "", message, fix)
 

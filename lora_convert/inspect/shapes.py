@@ -22,12 +22,6 @@ def _columns(*sizes: int) -> frozenset[int]:
     return frozenset(sizes)
 
 
-def _lora(shapes: Shapes) -> Sizes:
-    down, up = shapes["down"], shapes["up"]
-    kernel = prod(shapes["mid"][2:]) if "mid" in shapes else 1
-    return up[0], _columns(prod(down[1:]) * kernel)
-
-
 def _loha(shapes: Shapes) -> Sizes:
     left, right = shapes["w1_a"], shapes["w1_b"]
     if "t1" in shapes:  # Tucker: both factors are (rank, size), the core carries the kernel
@@ -79,7 +73,7 @@ def _oft(shapes: Shapes) -> Sizes:
 
 
 _SIZES: Mapping[str, Callable[[Shapes], Sizes]] = {
-    "lora": _lora, "loha": _loha, "lokr": _lokr, "glora": _glora, "tlora": _tlora, "full": _full, "norm": _full,
+    "loha": _loha, "lokr": _lokr, "glora": _glora, "tlora": _tlora, "full": _full, "norm": _full,
     "oft": _oft, "boft": _oft,
 }  # fmt: skip
 
@@ -90,6 +84,8 @@ def fits(algorithm: str, shapes: Shapes, rows: int, module: Module) -> bool:
     True also where the algorithm's shapes do not tell; False where tensors are missing or malformed.
     """
     columns = prod(module.shape[1:])
+    if algorithm == "lora":
+        return {"down", "up"} <= shapes.keys() and not lora_misfits(shapes, rows, module)
     if algorithm == "ia3":
         return prod(shapes.get("weight", ())) in (rows, module.shape[1] if len(module.shape) > 1 else rows)
     measure = _SIZES.get(algorithm)
