@@ -1,16 +1,21 @@
 """The header of a weight file: names, dtypes and shapes, and a strict parser of safetensors headers.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes of little-endian length, a JSON object, the tensors' bytes).
-The parser accepts exactly what the reference reader (safetensors 0.8) accepts, but refuses duplicate names also where
-the reference takes the last one in silence, and says of every violation what and where it is.
+The parser accepts exactly what the reference reader (safetensors 0.8) accepts, with two exceptions: it refuses
+duplicate names also where the reference takes the last one in silence, and two spellings that no writer uses and the
+format does not define, which the reference's JSON library lets through: `["F32",[2],[0,8]]` for a tensor's entry and
+`{"F32":null}` for a dtype. It says of every violation what and where it is.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 from lora_convert.containers.dtypes import BITS
@@ -26,6 +31,7 @@ MAX_HEADER_LIMIT = 100_000_000
 """The reference reader's own bound."""
 
 _MOST_FINDINGS = 20
+_MOST_LEVELS = 127  # of nesting, in the reference reader's JSON
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -65,57 +71,89 @@ class Header:
     data_start: int = 0
 
 
-class _DuplicateError(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _DuplicateError(f"the name {shown(name)!r} stands twice in one JSON object")
-    return result
-
-
 def _refuse_constant(literal: str) -> NoReturn:
-    raise ValueError(f"{literal} is not JSON")
+    raise ValueError(f"it holds {literal}")
 
 
-def _plain_integer(literal: str) -> int | float:
-    # The format's integers are unsigned; "-0" is a float to the reference reader.
-    return float(literal) if literal == "-0" else int(literal)
+def _number(literal: str) -> float:
+    value = float(literal)
+    if math.isinf(value):
+        raise ValueError(f"the number {shown(literal, 40)} is out of range")
+    return value
+
+
+def _integer(literal: str) -> float:
+    # The format's integers are unsigned and have 64 bits; "-0" and longer ones are floats to the reference reader.
+    return _number(literal) if literal == "-0" or len(literal) > 20 else int(literal)
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _is_too_deep(content: object) -> bool:
+    level: list[Any] = [content]
+    for _ in range(_MOST_LEVELS):
+        inside = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [child for children in inside for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _malformed(subject: str, message: str) -> Finding:
     return Finding("malformed-header", "error", subject, message, "The file is damaged or was not written correctly.")
 
 
-def _parse_json(raw: bytes) -> dict[str, Any]:
-    """The header's JSON object. Raises FileError with one finding that says where it breaks."""
+def _unique(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice += [name for name, number in Counter(name for name, _ in pairs).items() if number > 1]
+    return content
+
+
+def _load(text: str) -> tuple[dict[str, Any], list[str]]:
+    """The header's JSON object, and names that stand twice in one object.
+
+    Raises RecursionError or ValueError for what the reference reader does not take.
+    """
+    twice: list[str] = []
+    content = json.loads(
+        text,
+        object_pairs_hook=partial(_unique, twice),
+        parse_constant=_refuse_constant,
+        parse_float=_number,
+        parse_int=_integer,
+    )
+    if not isinstance(content, dict):
+        raise ValueError(f"it is {_json_type(content)}")
+    if _is_too_deep(content):
+        raise RecursionError
+    if "\\u" in text:
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # a lone surrogate escape decodes, but is no text
+    return content, twice
+
+
+def _parse_json(raw: bytes) -> tuple[dict[str, Any], list[Finding]]:
+    """The header's JSON object, and findings for duplicate names. Raises FileError if there is no object."""
+    text = ""
     try:
         text = raw.decode("utf-8")
+        content, twice = _load(text)
     except UnicodeDecodeError as error:
-        message = f"the header is not valid UTF-8: byte {error.object[error.start]:#04x} at offset {8 + error.start}."
-        raise FileError([_malformed("", message)]) from None
-    try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_plain_integer)
-        if "\\u" in text:
-            json.dumps(content, ensure_ascii=False).encode("utf-8")  # a lone surrogate escape decodes, but is no text
-    except _DuplicateError as error:
-        raise FileError([_malformed("", f"{error}.")]) from None
-    except UnicodeEncodeError:
-        raise FileError([_malformed("", "the header has an unpaired surrogate escape.")]) from None
+        wrong = f"it is not UTF-8, byte {error.object[error.start]:#04x} at offset {8 + error.start}"
+    except UnicodeEncodeError as error:
+        wrong = f"\\u{ord(error.object[error.start]):x} is half of a surrogate pair"
     except RecursionError:
-        raise FileError([_malformed("", "the header's JSON is nested too deeply.")]) from None
+        wrong = f"it is nested more than {_MOST_LEVELS} levels deep"
     except json.JSONDecodeError as error:
-        message = f"the header is not valid JSON: {error.msg} at offset {8 + error.pos}."
-        raise FileError([_malformed("", message)]) from None
+        wrong = f"{error.msg} at offset {8 + len(text[: error.pos].encode())}"
     except ValueError as error:
-        raise FileError([_malformed("", f"the header is not valid JSON: {shown(str(error))}.")]) from None
-    if not isinstance(content, dict):
-        raise FileError([_malformed("", f"the header is a JSON {type(content).__name__}, not an object.")])
-    return content
+        wrong = str(error)
+    else:
+        return content, [_malformed("", f"the name {shown(name)!r} stands twice in one object.") for name in twice]
+    raise FileError([_malformed("", f"the header is not a JSON object: {shown(wrong)}.")])
 
 
 def _is_unsigned(value: object) -> bool:
@@ -153,7 +191,7 @@ def _wrong_size(dtype: str, shape: list[int], given: int) -> str | None:
 def _check_entry(name: str, entry: object, data_size: int) -> tuple[TensorInfo | None, list[Finding]]:
     """One tensor's entry as TensorInfo with offsets relative to the data, or the findings that say what is wrong."""
     if not isinstance(entry, dict):
-        return None, [_malformed(name, "its header entry is not an object.")]
+        return None, [_malformed(name, f"its header entry is {_json_type(entry)}, not an object.")]
     missing = sorted(_FIELDS - entry.keys())
     if missing:
         return None, [_malformed(name, f"its header entry lacks {', '.join(missing)}.")]
@@ -167,19 +205,24 @@ def _check_entry(name: str, entry: object, data_size: int) -> tuple[TensorInfo |
     return TensorInfo(entry["dtype"], tuple(entry["shape"]), Span(*entry["data_offsets"])), findings
 
 
-def _check_layout(tensors: Mapping[str, TensorInfo], data_size: int) -> list[Finding]:
-    """Findings for gaps and overlaps: the tensors must tile the data exactly."""
+def _check_layout(tensors: Mapping[str, TensorInfo], data_size: int, complete: bool) -> list[Finding]:
+    """Findings for gaps and overlaps: the tensors must tile the data exactly.
+
+    Where the tensors are not `complete`, because entries could not be read, gaps mean nothing.
+    """
     findings = []
     position, before = 0, "the header"
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].where.start, item[1].where.end)):
         start, end = tensor.where.start, tensor.where.end
-        if start > position:
+        if start > position and complete:
             findings.append(_malformed(name, f"{start - position} unused bytes lie between {shown(before)} and it."))
         elif start < position:
-            findings.append(_malformed(name, f"its first {min(position, end) - start} bytes overlap {shown(before)}."))
-        position, before = max(position, end), name
-    if position < data_size:
-        message = f"{data_size - position} bytes follow the last tensor; the format allows none."
+            message = f"its bytes begin at {start}, inside those of {shown(before)}, which end at {position}."
+            findings.append(_malformed(name, message))
+        if end >= position:
+            position, before = end, name
+    if position < data_size and complete:
+        message = f"{data_size - position} bytes follow {shown(before)}, the last tensor; the format allows none."
         findings.append(_malformed("", message))
     return findings
 
@@ -188,9 +231,9 @@ def _check_metadata(content: object) -> tuple[dict[str, str], list[Finding]]:
     if content is None:
         return {}, []
     if not isinstance(content, dict):
-        return {}, [_malformed("__metadata__", "it is not an object of strings.")]
+        return {}, [_malformed("__metadata__", f"it is {_json_type(content)}, not an object of strings.")]
     findings = [
-        _malformed(f"__metadata__.{key}", f"its value is a JSON {type(value).__name__}, not a string.")
+        _malformed(f"__metadata__.{key}", f"its value is {_json_type(value)}, not a string.")
         for key, value in content.items()
         if not isinstance(value, str)
     ]
@@ -233,24 +276,25 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
     `raw` is the header without its 8 bytes of length, `file_size` the size of the whole file in bytes. Raises FileError
     with every violation of the format found (`malformed-header`).
     """
-    content = _parse_json(raw)
+    content, broken = _parse_json(raw)
     data_start = 8 + len(raw)
     data_size = file_size - data_start
     findings: list[Finding] = []
     if not raw.startswith(b"{"):
         message = "The header starts with white space; the format wants `{` first, though common readers accept it."
         findings.append(Finding("leading-space", "warning", "", message))
-    metadata, broken = _check_metadata(content.pop("__metadata__", None))
+    metadata, wrong = _check_metadata(content.pop("__metadata__", None))
     tensors = {}
+    complete = not broken
     for name, entry in content.items():
         tensor, said = _check_entry(name, entry, data_size)
         if tensor is None:
+            complete = False
             broken += said
         else:
             tensors[name] = tensor
             findings += said
-    _raise_if_any(broken)
-    _raise_if_any(_check_layout(tensors, data_size))
+    _raise_if_any([*broken, *wrong, *_check_layout(tensors, data_size, complete)])
     if not tensors:
         findings.append(Finding("empty-file", "error", "", "There are no tensors in the file."))
     placed = {

@@ -83,7 +83,7 @@ def _parse(address: str) -> _Place:
     match = _ADDRESS.fullmatch(address)
     if match is None or printable(address) != address:
         raise UsageError(f"{said} is not an address on the hub: hf://owner/repo[@revision]/path/file.safetensors")
-    place = _Place(match["repo"], match["revision"] and unquote(match["revision"]), (match["path"] or "").strip("/"))
+    place = _Place(match["repo"], match["revision"] and unquote(match["revision"]), (match["path"] or "").rstrip("/"))
     steps = [*re.split(r"[/\\]", place.path or "."), *re.split(r"[/\\]", place.revision or ".")]
     if "" in steps or ".." in steps or (place.path and "." in place.path.split("/")):
         raise UsageError(f"{said} has an empty, `.` or `..` part, which no path on the hub has")
@@ -164,13 +164,11 @@ def _failed(place: _Place, error: BaseException) -> FileError:
         return _offline(f"{place} is not")
     if isinstance(error, EntryNotFoundError) and error.__cause__ is not None:
         return _failed(place, error.__cause__)  # "not in the cache": the cause says why it could not be fetched
-    reason = next(iter(str(error).splitlines()), "")
-    if not reason or "Bearer" in reason:  # a token with a control character is quoted in the message
-        reason = type(error).__name__
+    reason = shown(next(iter(str(error).splitlines()), type(error).__name__).rstrip("."), 200)
     if isinstance(error, OSError) and error.errno is not None:
-        return _unreadable(f"The file could not be fetched: {shown(reason)}.")
+        return _unreadable(f"The file could not be fetched: {reason}.")
     fix = "Check the connection, and HF_ENDPOINT and HTTPS_PROXY if they are set."
-    return _unreadable(f"The hub could not be asked: {shown(reason)}.", fix)
+    return _unreadable(f"The hub could not be asked: {reason}.", fix)
 
 
 @contextlib.contextmanager
@@ -243,12 +241,19 @@ class _Part:
 
 def _stream(url: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
     """A GET whose body is not read yet. Redirects to another host carry no token: the HTTP library sees to that."""
-    request: Any = getattr(utils, "http_stream_backoff", http_backoff)
-    # before huggingface_hub 1.0 there is only http_backoff, on requests
-    options = {"stream": True} if request is http_backoff else {"follow_redirects": True}
-    answer: AbstractContextManager[Any] = request(
-        "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, max_retries=_RETRIES, **options
-    )
+    options: dict[str, Any] = {
+        "headers": headers,
+        "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        "max_retries": _RETRIES,
+        "retry_on_exceptions": (),  # versions 1.0 to 1.17 at least retry on a client that they have closed
+    }
+    stream: Any = getattr(utils, "http_stream_backoff", None)
+    answer: AbstractContextManager[Any]
+    if stream is not None:
+        answer = stream("GET", url, follow_redirects=True, **options)
+    else:
+        response: Any = http_backoff("GET", url, stream=True, **options)  # before 1.0, on requests
+        answer = response
     return answer
 
 
@@ -282,8 +287,7 @@ def _body(response: Any, size: int) -> bytes:
 def _part(place: _Place, url: str, headers: Mapping[str, str], start: int, stop: int) -> _Part:
     """Bytes `start` to `stop` (exclusive), fewer only where the file ends. Raises FileError."""
     asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    # the inner one, because http_stream_backoff would take an error while the body is read for one to try again
-    with _sentences(place), _stream(url, asked) as response, _sentences(place):
+    with _sentences(place), _stream(url, asked) as response:
         span = _span(response)
         if span is None and response.status_code >= 400:
             raise _refused(place, response.status_code, response.headers.get("X-Error-Code"))

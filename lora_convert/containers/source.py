@@ -41,14 +41,14 @@ class BytesReader:
     """A file that is already in memory."""
 
     def __init__(self, data: bytes | bytearray | memoryview) -> None:
-        self._data = memoryview(data)
+        self._data = memoryview(data).cast("B")
         self.size = len(self._data)
 
     def read_at(self, offset: int, size: int) -> bytes:
         return bytes(self._data[offset : offset + size])
 
     def close(self) -> None:
-        """Nothing to close: the caller owns the bytes."""
+        self._data.release()  # a bytearray cannot change its size as long as it is viewed
 
 
 class FileReader:
@@ -59,17 +59,23 @@ class FileReader:
         self._lock = threading.Lock()
         try:
             self._position = file.tell()
+            nothing: object = file.read(0)
+            if not isinstance(nothing, bytes):
+                raise ValueError("it is open as text")
             self.size = file.seek(0, os.SEEK_END)
         except (OSError, ValueError, AttributeError) as error:
-            raise UsageError(f"the open file cannot seek: {error}") from None
+            raise UsageError(f"the open file is not one to seek and read bytes in: {error}") from None
 
     def read_at(self, offset: int, size: int) -> bytes:
         try:
             with self._lock:
                 self._file.seek(offset)
                 data = self._file.read(size)
-        except OSError as error:
-            raise FileError([Finding("unreadable", "error", "", f"Reading failed: {error.strerror}.")]) from None
+                while len(data) < size and (more := self._file.read(size - len(data))):
+                    data += more  # an unbuffered file gives at most 2 GiB at once
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise FileError([Finding("unreadable", "error", "", f"Reading failed: {reason}.")]) from None
         if len(data) != size:
             message = f"{size} bytes were expected at offset {offset}, {len(data)} came: the file changed while read."
             raise FileError([Finding("unreadable", "error", "", message)])
@@ -79,7 +85,8 @@ class FileReader:
         if self._owned:
             self._file.close()
         else:
-            self._file.seek(self._position)
+            with contextlib.suppress(OSError, ValueError):  # the caller has closed it
+                self._file.seek(self._position)
 
 
 class Source:

@@ -36,7 +36,7 @@ def offsets(tensors: Sequence[OutputTensor]) -> dict[str, int]:
 
 def header_bytes(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
     """Length and JSON of the header, padded with spaces to a multiple of 8 bytes as the reference writer does."""
-    content: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    content: dict[str, object] = {"__metadata__": dict(metadata)}
     starts = offsets(tensors)
     for tensor in tensors:
         start = starts[tensor.name]
@@ -50,8 +50,11 @@ def header_bytes(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -
     return struct.pack("<Q", len(text)) + text
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Take the file's lock without waiting; False if a living process holds it. True where there are no locks."""
+def _lock(file: BinaryIO) -> bool | None:
+    """Take the file's lock without waiting; False if a living process holds it, None if the file system has no locks.
+
+    True on Windows, where a file that a process has open cannot be removed anyway.
+    """
     try:
         import fcntl
     except ImportError:
@@ -60,17 +63,27 @@ def _lock(file: BinaryIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError:
+        return None
     return True
 
 
 def _remove_litter(target: Path) -> None:
     """Remove temporary files of this target whose writer is dead (its lock is gone)."""
     for path in target.parent.glob(f".{_glob_escape(target.name)}.*.part"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        with contextlib.suppress(OSError), path.open("rb+") as file:
             if _lock(file):
                 path.unlink()
+
+
+def _new_file(target: Path) -> tuple[Path, BinaryIO]:
+    """A temporary file beside the target, with its lock. Raises OSError if none can be made."""
+    while True:
+        temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+        file = temporary.open("xb+")
+        if _lock(file) is not False and temporary.exists():
+            return temporary, file
+        file.close()  # before it was locked another process took it for litter
 
 
 def _glob_escape(name: str) -> str:
@@ -103,18 +116,18 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     """
     make_folder(target.parent)
     _remove_litter(target)
-    temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
     try:
-        file = temporary.open("xb+")
+        temporary, file = _new_file(target)
     except OSError as error:
         raise UsageError(f"nothing can be written to {shown(str(target.parent))}: {error.strerror}") from None
     try:
         with file:
-            _lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+            if os.name == "nt":  # open files cannot be renamed there; elsewhere the lock is kept until it is done
+                file.close()
+            temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

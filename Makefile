@@ -1,0 +1,47 @@
+# The two commands that matter: `make demo` and `make test`. Each makes .venv and installs what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+# Two spinning thread pools on two cores collapse; every process keeps to one thread.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: demo test lint check test-slow bench tables clean
+
+demo: $(VENV)/light
+	$(BIN)/lora-convert demo
+
+test: lint check
+
+lint: $(VENV)/full
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: $(VENV)/full
+	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) -m "not slow"
+
+test-slow: $(VENV)/full
+	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) -m slow
+
+bench: $(VENV)/full
+	$(BIN)/python benchmarks/convert.py
+
+tables: $(VENV)/full
+	$(BIN)/python -m lora_convert.runtime.tables
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora-convert needs Python 3.11 or newer; name one with: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/light: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/full: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,images,runtime]"
+	@touch $@ $(VENV)/light
+
+clean:
+	rm -rf $(VENV) lora-convert-demo .mypy_cache .pytest_cache .ruff_cache
