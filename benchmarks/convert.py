@@ -153,7 +153,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _file_system(folder: Path) -> str:
@@ -198,7 +200,9 @@ def _table(by_key: Mapping[str, Run]) -> Sequence[str]:
 def _limit_table(checked: Sequence[Limit]) -> Sequence[str]:
     lines = ["| limit | figure | at most | of it | |", "|---|---:|---:|---:|---|"]
     for limit in checked:
-        figure, most = (f"{value:.3f} s" if limit.unit == "s" else f"{value:.0f} MB" for value in (limit.figure, limit.most))
+        figure, most = (
+            f"{value:.3f} s" if limit.unit == "s" else f"{value:.0f} MB" for value in (limit.figure, limit.most)
+        )
         verdict = "pass" if limit.kept else "FAIL"
         lines.append(f"| {limit.text} | {figure} | {most} | {limit.figure / limit.most:.2f} | {verdict} |")
     return lines

@@ -52,7 +52,6 @@ FINDINGS: Mapping[str, str] = {
     "skipped": "tensors were left out because the user asked for it",
     "not-for-comfyui": "ComfyUI does not read this layout",
     "delta-mismatch": "the output does not change the weights as the source does",
-    "module-not-loaded": "a module of the file did not arrive in the model",
 }
 """Every finding's name and what it means; docs/findings.md explains each."""
 

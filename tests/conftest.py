@@ -77,7 +77,9 @@ def _grid(size: int, wanted: int) -> np.ndarray:
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Write tensors as a safetensors file and return its path."""
 
-    def write_file(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None, name: str = "in") -> Path:
+    def write_file(
+        tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None, name: str = "in"
+    ) -> Path:
         path = tmp_path / f"{name}.safetensors"
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path, dict(metadata or {}))
         return path
@@ -86,7 +88,14 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def lora(
-    name: str, out: int, width: int, rank: int = 4, alpha: float | None = None, *, seed: int = 0, dtype: type = np.float16
+    name: str,
+    out: int,
+    width: int,
+    rank: int = 4,
+    alpha: float | None = None,
+    *,
+    seed: int = 0,
+    dtype: type = np.float16,
 ) -> dict[str, np.ndarray]:
     """A LoRA pair under Kohya's suffixes with random values; an alpha tensor if one is given."""
     random = np.random.default_rng(seed)

@@ -111,10 +111,14 @@ def test_same_input_same_bytes(tmp_path):
     assert len(set(outputs)) == 1
 
 
-@pytest.mark.parametrize("name", ["k_sd15_excerpt_f32", "a_sdxl_lora", "k_sd15_lora_bf16_r4a4", "tlb_sdxl_merged_excerpt"])
+@pytest.mark.parametrize(
+    "name", ["k_sd15_excerpt_f32", "a_sdxl_lora", "k_sd15_lora_bf16_r4a4", "tlb_sdxl_merged_excerpt"]
+)
 def test_alpha_header_keeps_every_matrix(name, tmp_path):
     result = converted(LORA / f"{name}.safetensors", tmp_path, alpha="header")
-    before = {values.tobytes() for key, values in read_all(LORA / f"{name}.safetensors").items() if "lora_" in key[-17:]}
+    before = {
+        values.tobytes() for key, values in read_all(LORA / f"{name}.safetensors").items() if "lora_" in key[-17:]
+    }
     assert {values.tobytes() for values in read_all(result.outputs[0].path).values()} == before
     assert result.worst_delta_error == 0.0
 
@@ -252,7 +256,9 @@ def test_wide_and_short_floats_become_usable_ones(tmp_path, stored, written):
     from safetensors.torch import save_file
 
     kinds = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F64": torch.float64}
-    values = {name: torch.from_numpy(array.astype(np.float32)).to(kinds[stored]) for name, array in lora(K, 320, 768).items()}
+    values = {
+        name: torch.from_numpy(array.astype(np.float32)).to(kinds[stored]) for name, array in lora(K, 320, 768).items()
+    }
     values[f"{K}.alpha"] = torch.tensor(2.0)
     path = tmp_path / "in.safetensors"
     save_file(values, path)
@@ -313,7 +319,12 @@ def test_matrices_and_4d_spellings_of_one_weight(write, tmp_path, four_dimension
         for name, values in tensors.items()
     }
     result = converted(write(turned, name="turned"), tmp_path / "o.safetensors", family="sd15")
-    assert read_all(result.outputs[0].path)["unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"].shape == (4, 320, 1, 1)
+    assert read_all(result.outputs[0].path)["unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"].shape == (
+        4,
+        320,
+        1,
+        1,
+    )
     for name, delta in deltas(result.outputs[0].path).items():
         np.testing.assert_allclose(delta, wanted[name], rtol=1e-3, atol=1e-6)
 

@@ -212,7 +212,11 @@ KINDS = {
     "ip-adapter": {"image_proj.proj.weight": (8, 8), "ip_adapter.1.to_k_ip.weight": (8, 8)},
     "checkpoint": {"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3), "first_stage_model.x.weight": (8,)},
     "controlnet": {"control_model.zero_convs.0.0.weight": (8, 8, 1, 1)},
-    "vae": {"decoder.conv_in.weight": (8, 4, 3, 3), "encoder.conv_in.weight": (8, 3, 3, 3), "quant_conv.weight": (8, 8)},
+    "vae": {
+        "decoder.conv_in.weight": (8, 4, 3, 3),
+        "encoder.conv_in.weight": (8, 3, 3, 3),
+        "quant_conv.weight": (8, 8),
+    },
     "text-encoder": {"text_model.embeddings.token_embedding.weight": (8, 8)},
     "unknown": {"completely.other": (2, 2)},
 }

@@ -76,14 +76,17 @@ def _remove_litter(target: Path) -> None:
                 path.unlink()
 
 
-def _new_file(target: Path) -> tuple[Path, BinaryIO]:
-    """A temporary file beside the target, with its lock. Raises OSError if none can be made."""
-    while True:
-        temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
-        file = temporary.open("xb+")
-        if _lock(file) is not False and temporary.exists():
-            return temporary, file
-        file.close()  # before it was locked another process took it for litter
+def _create(temporary: Path) -> BinaryIO:
+    """Create a temporary file and take its lock. Raises UsageError, in a sentence, if that is not possible."""
+    try:
+        while True:
+            file = temporary.open("wb+")
+            if _lock(file) is not False and temporary.exists():
+                return file
+            file.close()  # before it was locked another process took it for litter
+    except OSError as error:
+        where = shown(str(temporary.parent))
+        raise UsageError(f"nothing can be written to {where}: {error.strerror}") from None
 
 
 def _glob_escape(name: str) -> str:
@@ -116,12 +119,9 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     """
     make_folder(target.parent)
     _remove_litter(target)
-    try:
-        temporary, file = _new_file(target)
-    except OSError as error:
-        raise UsageError(f"nothing can be written to {shown(str(target.parent))}: {error.strerror}") from None
-    try:
-        with file:
+    temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    try:  # before the file exists, so that an interrupt at any moment finds the way to the clean-up
+        with _create(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
