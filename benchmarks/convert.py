@@ -1,11 +1,13 @@
-"""What converting costs, beside what it replaces: `python benchmarks/convert.py [--runs N] [--json FILE] [--folder DIR]`.
+"""What converting costs, beside what it replaces: `python benchmarks/convert.py`, with --runs N, --json FILE.
 
-Whole processes on one 170 MB SDXL LoRA (see sample.py), one after the other, in turns: a slow moment of the machine
-hits all alike. Told are medians of wall time, of CPU time (user and system, all threads) and of peak resident memory.
+Whole processes on one 170 MB SDXL LoRA (see sample.py), one after the other, in turns, so that a slow moment of the
+machine hits all alike. Shown are medians of wall time, of CPU time (user and system, all threads) and of peak resident
+memory.
 
 - One uncounted turn first: files are in the page cache, bytecode is compiled, libraries have been read once.
-- Every output is new, and is removed after its run; before each run `sync` empties what others left to write.
+- Every output is new, and is removed after its run; before each run `sync` writes out what others left behind.
 - `cp` and diffusers leave their output in the page cache; `convert` waits until it is on the disk (fsync).
+- diffusers does less: it computes no hash, and what it writes has lost the alphas.
 - The figures are for reading; the exit status does not depend on them.
 """
 
@@ -15,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,9 +30,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# This process imports little on purpose: a child's peak memory counts from its parent's, which it is forked from.
+# This process stays small on purpose: the peak memory of a child begins with that of the process it is forked from.
 
 HERE = Path(__file__).resolve().parent
+_MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
 
 _HASH = "import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], 'rb'), 'sha256').hexdigest())"
 _HASH_ALONE = (
@@ -55,16 +59,28 @@ def _lora_convert(*arguments: str) -> list[str]:
     return _python("-m", "lora_convert", *arguments, "--json")
 
 
+def _copy_and_sync(file: str, folder: str) -> list[str]:
+    return ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", file, f"{folder}/copy"]
+
+
+def _diffusers(file: str, folder: str) -> list[str]:
+    return _python(str(HERE / "with_diffusers.py"), file, folder)
+
+
+def _convert(*options: str) -> Callable[[str, str], Sequence[str]]:
+    return lambda file, folder: _lora_convert("convert", file, "-o", folder, *options)
+
+
 CASES = (
     Case("cp", "a: `cp`", lambda file, folder: ["cp", file, f"{folder}/copy"]),
-    Case("cp+sync", "`cp`, then `sync` of the copy", lambda file, folder: ["sh", "-c", f'cp "{file}" "{folder}/copy" && sync "{folder}/copy"']),
-    Case("diffusers", "b: diffusers, load and save", lambda file, folder: _python(str(HERE / "with_diffusers.py"), file, folder)),
+    Case("cp+sync", "`cp`, then `sync` of the copy", _copy_and_sync),
+    Case("diffusers", "b: diffusers, load and save", _diffusers),
     Case("sha256", "c: one SHA-256 (Python's hashlib)", lambda file, folder: _python("-c", _HASH, file)),
-    Case("no-validate", "d: `convert --no-validate`", lambda file, folder: _lora_convert("convert", file, "-o", folder, "--no-validate")),
-    Case("header", "e: `convert --alpha header --no-validate`", lambda file, folder: _lora_convert("convert", file, "-o", folder, "--alpha", "header", "--no-validate")),
-    Case("convert", "f: `convert`", lambda file, folder: _lora_convert("convert", file, "-o", folder)),
+    Case("no-validate", "d: `convert --no-validate`", _convert("--no-validate")),
+    Case("header", "e: `convert --alpha header --no-validate`", _convert("--alpha", "header", "--no-validate")),
+    Case("convert", "f: `convert`", _convert()),
     Case("inspect", "g: `inspect`", lambda file, folder: _lora_convert("inspect", file)),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,7 @@ def run(command: Sequence[str]) -> Run:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command, stderr=said.decode(errors="replace"))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * unit / 1e6)
+    return Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * _MEMORY_UNIT / 1e6)
 
 
 def measure(case: Case, file: Path, base: Path) -> Run:
@@ -171,7 +186,7 @@ def machine(folder: Path) -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "file system": _file_system(folder),
         "load before": round(os.getloadavg()[0], 2),
         "threads (OMP_NUM_THREADS)": os.environ.get("OMP_NUM_THREADS", "unset"),
@@ -225,6 +240,8 @@ def benchmark(runs: int, base: Path) -> dict[str, Any]:
     print(file=sys.stderr)
     by_key = {key: medians(results) for key, results in taken.items()}
     checked = limits(by_key)
+    floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MEMORY_UNIT / 1e6
+    print(f"Peak memory below {floor:.0f} MB is this process's own, from which all are forked.")
     print(f"A file of {file.stat().st_size:,} bytes; medians of {runs} runs; SHA-256 alone {median(hashing):.3f} s.\n")
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()), end="\n\n")
     print("\n".join(_table(by_key)), end="\n\n")

@@ -56,7 +56,7 @@ def adapted_modules() -> list[Module]:
 
 
 def _tensors() -> dict[str, NDArray[np.float16]]:
-    """Down as sd-scripts initialises it (kaiming uniform), up with a spread that differs between modules as after training."""
+    """Down as sd-scripts initialises it (kaiming uniform), up spread differently in each module, as after training."""
     random = np.random.default_rng(SEED)
     tensors = {}
     for module in adapted_modules():

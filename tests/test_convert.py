@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +25,31 @@ K, V = f"{UNET}attn2_to_k", f"{UNET}attn2_to_v"
 TE = "lora_te_text_model_encoder_layers_0_"
 
 
-def deltas(path: Path | str, family: str | None = None) -> dict[str, np.ndarray]:
-    """ΔW of every module of a file, dense, float64."""
-    with open_source(path) as source:
-        found = detect(source, family=family)
+class Deltas(Mapping[str, np.ndarray]):
+    """ΔW of a file's modules, dense, float64; made one at a time, since all of SDXL's would fill the memory."""
+
+    def __init__(self, path: Path | str, family: str | None = None) -> None:
+        self.path = path
+        with open_source(path) as source:
+            found = detect(source, family=family)
         assert found.ok, found.findings
-        result = {}
+        self._places = {}
         for module in found.payload:
-            adapter, row = read_adapter(source, module), 0
+            row = 0
             for target in module.modules:
-                result[target.name] = adapter.rows(row, row + target.shape[0]).deltas()["weight"]
+                self._places[target.name] = module, row, row + target.shape[0]
                 row += target.shape[0]
-        return result
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        module, start, stop = self._places[name]
+        with open_source(self.path) as source:
+            return read_adapter(source, module).rows(start, stop).deltas()["weight"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def converted(path: Path, out: Path, **options) -> lora_convert.ConvertResult:
@@ -57,7 +71,7 @@ def test_deltas_are_the_trainers(record, to, tmp_path):
     limit = TOLERANCE[record["dtype"]]
     assert result.worst_delta_error <= limit
     truth = Truth(LORA / f"{record['name']}.truth.safetensors")
-    ours = deltas(result.outputs[0].path, record["family"])
+    ours = Deltas(result.outputs[0].path, record["family"])
     assert len(ours) == record["n_modules"]
     # the truth itself is fp32 arithmetic; few entries are compared, so rounding shows a little more than in the norm
     for name in truth.names():
@@ -195,9 +209,9 @@ def test_our_own_output_is_copied_byte_for_byte(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_missing_and_mixed_alphas(write, tmp_path, alpha, dtype):
     path = write(lora(K, 320, 768, alpha=alpha, dtype=dtype) | lora(V, 320, 768, rank=8, seed=1, dtype=dtype))
-    truth = deltas(path)
+    truth = Deltas(path)
     result = converted(path, tmp_path / "o.safetensors")
-    for name, delta in deltas(result.outputs[0].path).items():
+    for name, delta in Deltas(result.outputs[0].path).items():
         error = np.linalg.norm(delta - truth[name]) / np.linalg.norm(truth[name])
         assert error <= (3e-4 if dtype is np.float16 else 1e-6)
     stored = read_all(path)
@@ -228,7 +242,7 @@ def test_zero_and_negative_alphas_are_kept_and_named(write, tmp_path, alpha):
     path = write(lora(K, 320, 768, alpha=alpha) | lora(V, 320, 768, alpha=1))
     result = converted(path, tmp_path / "o.safetensors")
     assert "odd-alpha" in names_of(result.findings)
-    truth, ours = deltas(path), deltas(result.outputs[0].path)
+    truth, ours = Deltas(path), Deltas(result.outputs[0].path)
     for name in truth:
         np.testing.assert_allclose(ours[name], truth[name], rtol=1e-3, atol=1e-7)
 
@@ -305,15 +319,15 @@ def test_scalar_multiplies_the_change(write, tmp_path):
     plain, scaled = lora(K, 320, 768, alpha=2), lora(K, 320, 768, alpha=2)
     scaled[f"{K}.scalar"] = np.array(0.25, np.float32)
     one, two = (converted(write(t, name=n), tmp_path / f"o{n}.safetensors") for n, t in (("a", plain), ("b", scaled)))
-    for name, delta in deltas(one.outputs[0].path).items():
-        np.testing.assert_allclose(deltas(two.outputs[0].path)[name], delta * 0.25, rtol=2e-3, atol=1e-6)
+    for name, delta in Deltas(one.outputs[0].path).items():
+        np.testing.assert_allclose(Deltas(two.outputs[0].path)[name], delta * 0.25, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("four_dimensional", [True, False])
 def test_matrices_and_4d_spellings_of_one_weight(write, tmp_path, four_dimensional):
     proj_in = "lora_unet_down_blocks_0_attentions_0_proj_in"
     tensors = lora(K, 320, 768, alpha=1) | lora(proj_in, 320, 320, alpha=1, seed=2)
-    wanted = deltas(write(tensors), "sd15")
+    wanted = Deltas(write(tensors), "sd15")
     turned = {
         name: values if values.ndim < 2 or not four_dimensional else values[:, :, None, None]
         for name, values in tensors.items()
@@ -325,7 +339,7 @@ def test_matrices_and_4d_spellings_of_one_weight(write, tmp_path, four_dimension
         1,
         1,
     )
-    for name, delta in deltas(result.outputs[0].path).items():
+    for name, delta in Deltas(result.outputs[0].path).items():
         np.testing.assert_allclose(delta, wanted[name], rtol=1e-3, atol=1e-6)
 
 
@@ -362,7 +376,7 @@ def test_a_fused_text_encoder_original_is_split_exactly(write, tmp_path):
         "lora_te2_transformer_resblocks_0_attn_in_proj.lora_down.weight"
     ].astype("f8")
     for row, part in enumerate("qkv"):
-        delta = deltas(result.outputs[0].path)[f"text_encoder_2.text_model.encoder.layers.0.self_attn.{part}_proj"]
+        delta = Deltas(result.outputs[0].path)[f"text_encoder_2.text_model.encoder.layers.0.self_attn.{part}_proj"]
         np.testing.assert_allclose(delta, whole[row * 1280 : (row + 1) * 1280] / 2, atol=1e-6)
     assert result.worst_delta_error == 0.0
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import CORPUS, manifest, trainer_name
-from test_convert import TOLERANCE, converted, deltas
+from test_convert import TOLERANCE, Deltas, converted
 
 import lora_convert
 
@@ -74,8 +74,8 @@ def test_plain_loras_convert_with_the_trainers_deltas(record, tmp_path):
     assert result.worst_delta_error <= limit
     assert len(result.plan.steps) == record["n_modules"]
     truth, error = reference(record)
-    exact = deltas(converted(source, tmp_path / "h.safetensors", alpha="header").outputs[0].path, record["family"])
-    folded = deltas(result.outputs[0].path, record["family"])
+    exact = Deltas(converted(source, tmp_path / "h.safetensors", alpha="header").outputs[0].path, record["family"])
+    folded = Deltas(result.outputs[0].path, record["family"])
     for name in truth:
         # with alpha in the header nothing is rounded: what is left is the truth's own fp32 arithmetic
         assert error(name, exact[name], sketches=True) <= 1e-5, name
@@ -91,7 +91,7 @@ def test_every_module_arrives_in_diffusers(record, tmp_path):
     loaded = load_adapter(result.outputs[0].path, record["family"])
     planned = {target.name for step in result.plan.steps for target in step.source.modules}
     assert set(loaded.deltas) == planned
-    ours = deltas(result.outputs[0].path, record["family"])
+    ours = Deltas(result.outputs[0].path, record["family"])
     for name in list(planned)[:: max(1, len(planned) // 40)]:
         theirs = np.asarray(loaded.deltas[name], np.float64)
         assert np.linalg.norm(theirs - ours[name]) <= 2e-6 * np.linalg.norm(ours[name]), name

@@ -67,7 +67,7 @@ def test_check_names_the_table_that_differs(
     assert tables.main(["--check"]) == 0
     (tmp_path / "clip_l.txt").write_text("conv_in 1x1 conv_in\n")
     assert tables.main(["--check"]) == 1
-    assert capsys.readouterr().out.startswith("clip_l.txt differs from the installed classes; run `python -m ")
+    assert capsys.readouterr().err.startswith("clip_l.txt differs from the installed classes; run `python -m ")
 
 
 @pytest.mark.parametrize("table", UNET_TABLES)

@@ -1,12 +1,13 @@
 """Folding a scale into the two factors of a product with the least error.
 
 A power of two costs nothing as long as no value leaves the dtype's normal range, so it is divided between the factors
-where that loses least; what is not a power of two is multiplied into one of them in float32 and rounded once.
+where that loses least; what is not a power of two is multiplied into one of them in float64 and rounded once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,8 @@ DType = np.dtype[Any]
 
 _TABLE_FROM = 1 << 16
 _SAMPLE = 1 << 12
+_ANYWHERE = 1 << 11
+_GAIN = 0.98  # a more intrusive split has to be better than an estimate's noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +49,34 @@ def _sample(values: Array) -> Array:
     return flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64)
 
 
-def _rounding(values: Array, factor: float, dtype: DType) -> Array:
-    """The error that each value suffers when it is multiplied and rounded to `dtype`."""
-    exact = values * factor
+def _stored(values: Array, dtype: DType) -> Array:
+    """The values, as float64, that remain when they are stored in a dtype."""
     with np.errstate(over="ignore"):
-        return np.asarray(exact.astype(dtype).astype(np.float64) - exact)
+        return np.asarray(values.astype(dtype).astype(np.float64))
 
 
 class _Factor:
-    """One matrix and what multiplying it costs, relative to its norm (squared)."""
+    """One matrix and what multiplying it costs, relative to its norm (squared).
 
-    def __init__(self, values: Array, dtype: DType, exponent: int) -> None:
+    `reach` is the largest power of two, as an exponent, that it may be divided by.
+    """
+
+    def __init__(self, values: Array, dtype: DType, reach: int) -> None:
         self.dtype = dtype
         self.same = values.dtype == dtype
+        self._size = max(1, values.size)
         self._peak = peak(values)
         self._sample = _sample(values)
         self._weight = values.size / max(1, self._sample.size)
-        self._values, self._counts = self._population(values, abs(exponent) + 1)
+        self._values, self._counts = self._population(values, reach + 1)
+        self._norm = float(np.square(self._sample).sum()) * self._weight
+        if not self._norm:
+            self._norm = float((np.square(self._values) * self._counts).sum())
+
+    def levels(self) -> tuple[float, float]:
+        """How far the matrix is above its dtype's smallest normal number by its norm, and near the largest by its peak."""
+        limits = _finfo(self.dtype)
+        return math.sqrt(self._norm / self._size) / float(limits.tiny), self._peak / float(limits.max)
 
     def _population(self, values: Array, exponents: int) -> tuple[Array, Array]:
         """The values that a power of two can round, with how often they occur.
@@ -88,46 +102,68 @@ class _Factor:
         """Squared relative rounding error of the matrix times `factor`; infinite if a value overflows."""
         if factor == 1.0 and self.same:
             return 0.0
-        if self._peak * abs(factor) > float(_finfo(self.dtype).max):
+        if not np.isfinite(_stored(np.array(self._peak * factor), self.dtype)):
             return math.inf
-        mantissa, _ = math.frexp(factor)
-        norm = float(np.square(self._sample * factor).sum()) * self._weight
-        if not norm:
-            norm = float((np.square(self._values * factor) * self._counts).sum())
-        if not norm:
+        if not self._norm:
             return 0.0
-        if abs(mantissa) == 0.5:
-            errors, counts = _rounding(self._values, factor, self.dtype), self._counts
-            return float((np.square(errors) * counts).sum()) / norm
-        return float(np.square(_rounding(self._sample, factor, self.dtype)).sum()) * self._weight / norm
+        mantissa, _ = math.frexp(factor)
+        exactly = abs(mantissa) == 0.5
+        values, counts = (self._values, self._counts) if exactly else (self._sample, self._weight)
+        errors = _stored(values * factor, self.dtype) / factor - values
+        return float((np.square(errors) * counts).sum()) / self._norm
 
 
-def _splits(scale: float) -> list[tuple[float, float]]:
-    """Ways to write the scale as a product, the least intrusive first: one matrix untouched, then both shifted."""
-    mantissa, exponent = math.frexp(scale)
-    odd, exponent = 2.0 * mantissa, exponent - 1
-    shifts = range(0, exponent, 1 if exponent > 0 else -1)
-    powers = [(0, exponent), (exponent, 0), *((shift, exponent - shift) for shift in shifts if shift)]
-    ways = [(math.ldexp(1.0, down), math.ldexp(odd, up)) for down, up in powers]
+def _inside(exponent: int) -> list[int]:
+    """Exponents for the first matrix that shift no more than asked, the least intrusive first: one matrix untouched."""
+    return list(dict.fromkeys([0, exponent, *range(0, exponent, 1 if exponent > 0 else -1)]))
+
+
+def _level(first: _Factor, second: _Factor, exponent: int) -> list[int]:
+    """Exponents for the first matrix that bring both to about the same level of their dtypes, by norm and by peak.
+
+    Equal norms lose least where both have subnormal values, equal peaks overflow last.
+    """
+    pairs = zip(first.levels(), second.levels(), strict=True)
+    centres = [round((exponent + math.log2(above / below)) / 2) for below, above in pairs if below and above]
+    near = dict.fromkeys(shift for centre in centres for shift in (centre, centre - 1, centre + 1))
+    return [shift for shift in near if abs(shift) < 1000 and abs(exponent - shift) < 1000]
+
+
+def _ways(odd: float, exponent: int, shifts: Sequence[int]) -> Iterator[tuple[float, float]]:
+    """Factors of odd · 2^exponent, where the first has one of the given exponents."""
+    for shift in shifts:
+        yield math.ldexp(1.0, shift), math.ldexp(odd, exponent - shift)
     if abs(odd) != 1.0:
-        ways += [(math.ldexp(odd, down), math.ldexp(1.0, up)) for down, up in powers]
-    return list(dict.fromkeys(ways))
+        for shift in shifts:
+            yield math.ldexp(odd, shift), math.ldexp(1.0, exponent - shift)
 
 
 def split_scale(down: Array, up: Array, scale: float, down_dtype: DType, up_dtype: DType) -> Split:
     """How to divide `scale` between two matrices that will be stored in the given dtypes, with the least error.
 
-    Returns factors whose product is `scale`. The error is infinite if every way overflows.
+    Returns factors whose product is `scale`. The error is infinite if every way overflows. A power of two needs no more
+    than its own shifts within one dtype; where values are rounded anyway and some would be subnormal, one matrix may
+    also be lifted and the other lowered.
     """
     if scale == 0.0:
         return Split(1.0, 0.0)
-    _, exponent = math.frexp(scale)
-    first, second = _Factor(down, down_dtype, exponent - 1), _Factor(up, up_dtype, exponent - 1)
-    best = Split(1.0, scale, math.inf)
-    for down_factor, up_factor in _splits(scale):
-        error = math.sqrt(first.cost(down_factor) + second.cost(up_factor))
-        if error < best.error:
-            best = Split(down_factor, up_factor, error)
+    mantissa, exponent = math.frexp(scale)
+    odd, exponent = 2.0 * mantissa, exponent - 1
+    changes = (down.dtype, up.dtype) != (down_dtype, up_dtype)
+    first, second = _Factor(down, down_dtype, abs(exponent)), _Factor(up, up_dtype, abs(exponent))
+    best = _least(first, second, _ways(odd, exponent, _inside(exponent)), Split(1.0, scale, math.inf))
+    rounding = 0.0 if changes else min(float(_finfo(dtype).eps) / 2 for dtype in (down_dtype, up_dtype))
+    if best.error > rounding and (changes or abs(odd) != 1.0):
+        first, second = _Factor(down, down_dtype, _ANYWHERE), _Factor(up, up_dtype, _ANYWHERE)
+        best = _least(first, second, _ways(odd, exponent, _level(first, second, exponent)), best)
+    return best
+
+
+def _least(first: _Factor, second: _Factor, ways: Iterable[tuple[float, float]], best: Split) -> Split:
+    for down, up in ways:
+        error = math.sqrt(first.cost(down) + second.cost(up))
+        if error < _GAIN * best.error:
+            best = Split(down, up, error)
         if not error:
             break
     return best
@@ -147,14 +183,12 @@ def _named(name: str) -> DType:
 
 
 def _multiplied(values: Array, factor: float, dtype: DType) -> Array:
-    wide: DType = np.dtype(np.float64 if values.dtype.itemsize > 2 or dtype.itemsize > 2 else np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        product: Array = np.multiply(values.astype(wide), factor, dtype=wide)
-        return product.astype(dtype)
+        return np.asarray((values.astype(np.float64) * factor).astype(dtype))
 
 
 def rescaled(values: Array, factor: float, dtype: DType) -> Array:
-    """The array times a factor in another or the same dtype: multiplied in float32 or wider, rounded once.
+    """The array times a factor in another or the same dtype: multiplied in float64, rounded once.
 
     Large 16-bit arrays go through a table of all 65,536 products, which costs a tenth of the conversions.
     """
