@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from conftest import LORA, lora
+from test_convert import Deltas
+
+import lora_convert
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -134,3 +139,54 @@ def test_more_than_a_weight_change_is_refused(parameter: str, tmp_path: Path) ->
     path = write(tmp_path / "lora.safetensors", modules, {f"unet.conv_in.{parameter}": torch.ones(320)})
     with pytest.raises(Unrepresentable, match=rf"^unet\.conv_in\.{parameter}: "):
         load_adapter(path, "sd15")
+
+
+TEXT_ENCODER_PARTS = {
+    "self_attn_q_proj": (768, 768),
+    "self_attn_k_proj": (768, 768),
+    "mlp_fc1": (3072, 768),
+    "mlp_fc2": (768, 3072),
+}
+COMPOSED = {
+    "attention and feed-forward": ("lora_te_", ["self_attn_q_proj", "mlp_fc1"], "sd15"),
+    "no output projection": ("lora_te_", ["self_attn_q_proj", "self_attn_k_proj", "mlp_fc1", "mlp_fc2"], "sd15"),
+    "feed-forward alone": ("lora_te_", ["mlp_fc1", "mlp_fc2"], "sd15"),
+    "one layer alone, SDXL": ("lora_te1_", ["mlp_fc2"], "sdxl"),
+}
+
+
+@pytest.mark.parametrize("case", COMPOSED)
+@pytest.mark.parametrize("alpha", ["fold", "header"])
+def test_every_combination_of_text_encoder_modules_loads(case, alpha, tmp_path, write):
+    """diffusers refuses or drops some of these in other spellings; ours must arrive whole."""
+    prefix, parts, family = COMPOSED[case]
+    tensors = {}
+    for number, part in enumerate(parts):
+        name = f"{prefix}text_model_encoder_layers_{number}_{part}"
+        tensors |= lora(
+            name, *TEXT_ENCODER_PARTS[part], rank=number + 1, alpha=number + 2, dtype=np.float32, seed=number
+        )
+    if family == "sdxl":  # a projection alone in the second encoder, of another rank
+        tensors |= lora("lora_te2_text_projection", 1280, 1280, rank=3, alpha=1, dtype=np.float32)
+    assert_loads(write(tensors), family, alpha, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["k_sdxl_excerpt_f32", "k_sd15_excerpt_f32", "k_sd21_lora", "simo_sd15_safetensors"])
+@pytest.mark.parametrize("alpha", ["fold", "header"])
+def test_converted_fixtures_load(name, alpha, tmp_path):
+    family = {"k_sdxl": "sdxl", "k_sd21": "sd21"}.get(name[:6], "sd15")
+    assert_loads(LORA / f"{name}.safetensors", family, alpha, tmp_path)
+
+
+def assert_loads(path, family, alpha, tmp_path):
+    """Convert, load with diffusers' own code, and compare every module with the source's ΔW."""
+    result = lora_convert.convert(path, tmp_path / "o.safetensors", alpha=alpha, family=family)
+    assert result.ok, result.findings
+    loaded = load_adapter(result.outputs[0].path, family)
+    source = Deltas(path, family)
+    assert set(loaded.deltas) == set(source)
+    for name in list(source)[:: max(1, len(source) // 30)]:
+        error = np.linalg.norm(np.asarray(loaded.deltas[name], np.float64) - source[name]) / np.linalg.norm(
+            source[name]
+        )
+        assert error <= 3e-4, name

@@ -98,6 +98,7 @@ def _exit_status(findings: Sequence[Finding], fail_on: str) -> int:
 @click.option(
     "--hash", "hashes", is_flag=True, help="Add SHA-256, AutoV1, AutoV2, AutoV3, CRC32 (and BLAKE3 if installed)."
 )
+@click.option("--modules", is_flag=True, help="List every adapted module with its algorithm, rank and alpha.")
 @click.option("--alphas", is_flag=True, help="Read the alphas of a remote file too (a few more requests).")
 def inspect(
     files: tuple[str, ...],
@@ -108,6 +109,7 @@ def inspect(
     as_json: bool,
     fail_on: str,
     hashes: bool,
+    modules: bool,
     alphas: bool,
 ) -> int:
     """Say what weight files are, and why. Only headers and scalars are read.
@@ -134,7 +136,8 @@ def inspect(
             hashes=hashes,
             alphas=True if alphas else None,
         )
-        _say(as_json, found.as_dict(), detection_lines(found))
+        content = found.as_dict() | ({"module_list": found.module_list()} if modules else {})
+        _say(as_json, content, detection_lines(found, modules))
         status = max(status, _exit_status(found.findings, fail_on))
     return status
 

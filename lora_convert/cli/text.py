@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import click
 
@@ -15,7 +16,7 @@ from lora_convert.report import Finding, printable, shown
 __all__ = ["conversion_lines", "detection_lines", "finding_lines", "plan_lines", "size", "validation_lines"]
 
 _COLOURS = {"note": "blue", "warning": "yellow", "error": "red"}
-_LABEL = 14
+_LABEL = 18
 _MOST_VALUES = 6
 
 
@@ -63,8 +64,14 @@ def _what(detection: Detection) -> str:
     return f"{names.replace('lora', 'LoRA')} for {family}{trainer}"
 
 
-def detection_lines(detection: Detection) -> Iterator[str]:
-    """What `inspect` prints of one file."""
+def _module_line(entry: Mapping[str, Any]) -> str:
+    facts = [entry["algorithm"]]
+    facts += [f"{label} {entry[label]:g}" for label in ("rank", "alpha") if isinstance(entry[label], int | float)]
+    return f"  {' + '.join(entry['modules'])}  {', '.join(facts)}"
+
+
+def detection_lines(detection: Detection, modules: bool = False) -> Iterator[str]:
+    """What `inspect` prints of one file; with `modules` also a line for each of them."""
     yield click.style(printable(detection.file), bold=True)
     yield f"  {_what(detection)}"
     if detection.payload:
@@ -85,6 +92,7 @@ def detection_lines(detection: Detection) -> Iterator[str]:
         yield _row("" if number else "not", f"{rival.family} ({rival.modules} modules fit): {printable(rival.reason)}")
     for name, value in (detection.hashes or {}).items():
         yield _row(name, value)
+    yield from map(_module_line, detection.module_list() if modules else ())
     yield from finding_lines(detection.findings)
 
 

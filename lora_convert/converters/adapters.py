@@ -60,8 +60,10 @@ class Lora:
     def to_lora(self) -> Lora:
         if self.mid is None:
             return self
-        core = self.mid.astype(np.float64)
-        folded = np.einsum("sthw,ti->sihw", core, self.down.astype(np.float64), optimize=True)
+        core, down = self.mid.astype(np.float64), self.down.astype(np.float64)
+        folded = np.zeros((core.shape[0], down.shape[1], *core.shape[2:]))
+        for inner in range(down.shape[0]):  # no BLAS: its sums differ between machines, and outputs must not
+            folded += core[:, inner, None] * down[inner][None, :, None, None]
         return Lora(folded.reshape(core.shape[0], -1), self.up, None, self.scale, self.kernel)
 
     def rows(self, start: int, stop: int) -> Lora:

@@ -365,7 +365,7 @@ def _prove(
     else:
         rungs = {
             "structure": structure,
-            "numbers": check_numbers(output, found),
+            "numbers": check_numbers(output, found, source, truth),
             "delta": check_deltas(output, found, source, truth, advance),
         }
     return _verdict(name, truth.file, found, rungs)

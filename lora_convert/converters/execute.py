@@ -19,7 +19,7 @@ from lora_convert.converters.plan import OutputTensor, Plan, Step
 from lora_convert.converters.values import count_zeros, is_finite, is_zero
 from lora_convert.converters.writer import header_bytes, offsets
 from lora_convert.hashes import legacy_hash
-from lora_convert.report import Finding
+from lora_convert.report import Finding, counted
 
 __all__ = ["Execution", "execute", "run_step"]
 
@@ -55,7 +55,8 @@ class Execution:
             findings.append(Finding("alpha-rounded", "note", worst, message, fix))
         if self.underflows:
             worst = max(self.underflows, key=self.underflows.__getitem__)
-            message = f"{sum(self.underflows.values())} values became zero in {len(self.underflows)} tensors."
+            number, tensors = sum(self.underflows.values()), len(self.underflows)
+            message = f"{counted(number, 'value')} became zero in {counted(tensors, 'tensor')}."
             findings.append(Finding("underflow", "note", worst, message))
         return findings
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from lora_convert.containers import Source
 from lora_convert.converters.adapters import ALGORITHMS, Lora, read_adapter
-from lora_convert.converters.values import is_finite, is_zero
+from lora_convert.converters.values import count_zeros, is_finite, is_zero
 from lora_convert.inspect.detection import AdaptedModule, Detection
-from lora_convert.report import Finding, listed
+from lora_convert.report import Finding, counted, listed
 
 __all__ = ["Rung", "check_deltas", "check_numbers", "check_structure", "relative_error"]
 
@@ -126,25 +126,6 @@ def check_structure(detection: Detection) -> Rung:
     return Rung("fail" if errors else "pass", figures=figures, findings=errors)
 
 
-def check_numbers(source: Source, detection: Detection) -> Rung:
-    """All values are finite, and not all of them zero."""
-    broken, zero = [], 0
-    for module in detection.payload:
-        parts = {part: source.read(name) for part, name in module.tensors.items() if part not in ("alpha", "scalar")}
-        broken += [module.tensors[part] for part, values in parts.items() if not is_finite(values)]
-        zero += any(is_zero(values) for values in parts.values()) or module.scale == 0.0
-    findings = [
-        Finding(
-            "not-finite", "error", name, "It holds NaN or infinity.", "The file is damaged; train or fetch it again."
-        )
-        for name in broken[:_MOST_FINDINGS]
-    ]
-    if zero and zero == len(detection.payload):
-        findings.append(Finding("no-effect", "warning", "", "Every module's change is zero: the file changes nothing."))
-    status: Literal["pass", "fail"] = "fail" if broken else "pass"
-    return Rung(status, figures={"not_finite": len(broken), "zero_modules": zero}, findings=tuple(findings))
-
-
 def _by_target(detection: Detection) -> dict[str, tuple[AdaptedModule, int, int]]:
     """Adapted module and its block of rows, by the name of the target module."""
     found = {}
@@ -174,6 +155,46 @@ def _tolerance(source: Source, module: AdaptedModule, narrowed: bool) -> float:
 def _missing(ours: Sequence[str], theirs: Sequence[str], message: str) -> list[Finding]:
     lost = [name for name in ours if name not in set(theirs)]
     return [Finding("delta-mismatch", "error", "", f"{len(lost)} modules {message}: {listed(lost)}.")] if lost else []
+
+
+def _matrices(source: Source, module: AdaptedModule) -> dict[str, Array]:
+    """The module's stored matrices by field, without its scalars."""
+    return {part: source.read(name) for part, name in module.tensors.items() if part not in ("alpha", "scalar")}
+
+
+def _new_zeros(matrices: Mapping[str, Array], source: Source, place: tuple[AdaptedModule, int, int]) -> int:
+    """Values that are zero in the output and were not in the source, for matrices that correspond one to one."""
+    before = _matrices(source, place[0])
+    pairs = [(matrices[part], before[part]) for part in ("down", "up") if before.keys() == matrices.keys()]
+    return sum(max(0, count_zeros(ours) - count_zeros(theirs)) for ours, theirs in pairs if ours.size == theirs.size)
+
+
+def check_numbers(
+    output: Source, found: Detection, source: Source | None = None, truth: Detection | None = None
+) -> Rung:
+    """All values are finite and not all of them zero; with a source also what the conversion itself made zero.
+
+    Infinities that the conversion introduced show here too, since a source that has some is never converted.
+    """
+    broken, zero, lost = [], 0, 0
+    places = _by_target(truth) if truth else {}
+    for module in found.payload:
+        matrices = _matrices(output, module)
+        broken += [module.tensors[part] for part, values in matrices.items() if not is_finite(values)]
+        idle = any(is_zero(values) for values in matrices.values()) or module.scale == 0.0
+        zero += idle
+        if source is not None and not idle and module.modules[0].name in places:
+            lost += _new_zeros(matrices, source, places[module.modules[0].name])
+    fix = "The file is damaged; train or fetch it again."
+    message = "It holds NaN or infinity."
+    findings = [Finding("not-finite", "error", name, message, fix) for name in broken[:_MOST_FINDINGS]]
+    if zero and zero == len(found.payload):
+        findings.append(Finding("no-effect", "warning", "", "Every module's change is zero: the file changes nothing."))
+    if lost:
+        message = f"{counted(lost, 'value')} became zero in the output; the delta rung says whether it matters."
+        findings.append(Finding("underflow", "note", "", message))
+    figures = {"not_finite": len(broken), "zero_modules": zero, "underflows": lost}
+    return Rung("fail" if broken else "pass", figures=figures, findings=tuple(findings))
 
 
 def check_deltas(

@@ -74,7 +74,7 @@ class _Factor:
             self._norm = float((np.square(self._values) * self._counts).sum())
 
     def levels(self) -> tuple[float, float]:
-        """How far the matrix is above its dtype's smallest normal number by its norm, and near the largest by its peak."""
+        """The norm per element in smallest normal numbers of the dtype, and the peak in largest numbers."""
         limits = _finfo(self.dtype)
         return math.sqrt(self._norm / self._size) / float(limits.tiny), self._peak / float(limits.max)
 

@@ -26,7 +26,10 @@ class Layout(Protocol):
     """A way to write adapters down. `folds`: the scale may be folded into the matrices."""
 
     folds: ClassVar[bool]
-    file_name: ClassVar[str]
+
+    def file_name(self, source: str) -> str:
+        """The output's name in a folder, given the source's name without its ending."""
+        ...
 
     def names(self, family: Family, modules: Sequence[Module]) -> Mapping[Module, Mapping[str, str]]:
         """For every module the tensor names by role (`down`, `up`, perhaps `alpha`)."""
@@ -55,6 +58,9 @@ def _plain(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
+_CANONICAL_NAME = "pytorch_lora_weights.safetensors"
+
+
 class Diffusers:
     """The canonical layout: `<component>.<module>.lora_A.weight`, `pytorch_lora_weights.safetensors`.
 
@@ -64,7 +70,9 @@ class Diffusers:
     """
 
     folds: ClassVar[bool] = True
-    file_name: ClassVar[str] = "pytorch_lora_weights.safetensors"
+
+    def file_name(self, source: str) -> str:
+        return _CANONICAL_NAME
 
     def names(self, family: Family, modules: Sequence[Module]) -> Mapping[Module, Mapping[str, str]]:
         by_component: dict[str, list[Module]] = {}
@@ -117,7 +125,11 @@ class Kohya:
     """
 
     folds: ClassVar[bool] = False
-    file_name: ClassVar[str] = "lora.safetensors"
+
+    def file_name(self, source: str) -> str:
+        """The source's own name, by which users of ComfyUI and A1111 call a LoRA, unless it is the canonical one."""
+        named = source and f"{source}.safetensors" != _CANONICAL_NAME
+        return f"{source}.safetensors" if named else "lora.safetensors"
 
     _SUFFIXES: ClassVar[Mapping[str, str]] = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
 

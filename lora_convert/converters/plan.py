@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_convert.containers.dtypes import nbytes
@@ -327,7 +328,7 @@ def make_plan(header: Header, detection: Detection, options: Options) -> Plan:
         detection,
         options.to,
         mode,
-        layout.file_name,
+        layout.file_name("" if header.path.startswith("<") else PurePath(header.path).stem),
         steps,
         tensors,
         layout.adapter_metadata(written),

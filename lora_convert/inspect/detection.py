@@ -103,6 +103,21 @@ class Detection:
         counts = Counter("none" if module.alpha is None else f"{module.alpha:g}" for module in self.payload)
         return dict(sorted(counts.items(), key=lambda item: _as_number(item[0])))
 
+    def module_list(self) -> list[dict[str, Any]]:
+        """One entry per adapted module: what `inspect --modules` lists."""
+        return [
+            {
+                "modules": [target.name for target in module.modules],
+                "algorithm": module.algorithm,
+                "spelling": module.spelling,
+                "rank": module.rank,
+                "alpha": None if module.alpha is None else _json_number(module.alpha),
+                "scale": None if module.scale is None else _json_number(module.scale),
+                "tensors": list(module.tensors.values()),
+            }
+            for module in self.payload
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """The content of `inspect --json`."""
         content: dict[str, Any] = {
@@ -131,6 +146,10 @@ class Detection:
         if self.hashes is not None:
             content["hashes"] = dict(self.hashes)
         return content
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
 
 def _as_number(text: str) -> float:
