@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -187,7 +188,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     held = Hub()
     servers = {name: Server(("127.0.0.1", 0), partial(Handler, held, name)) for name in ("hub", "cdn")}
     for server in servers.values():
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     held.cdn = f"http://localhost:{servers['cdn'].server_port}"
     use_hub(f"http://127.0.0.1:{servers['hub'].server_port}", tmp_path, monkeypatch)
     yield held
@@ -239,6 +240,17 @@ def test_only_the_header_is_fetched(hub: Hub, tmp_path: Path) -> None:
     assert hub.sent < 300_000 < 3_000_000 < len(data)
 
 
+def test_the_settings_of_the_hub_library_hold(hub: Hub, tmp_path: Path) -> None:
+    hub.files["style.safetensors"] = weights(rank=1)
+    ours = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    ours["HF_HUB_DISABLE_TELEMETRY"] = "1"  # which would be one more request
+    command = [sys.executable, "-m", "lora_convert", "inspect", "--json", "hf://owner/repo"]
+    done = subprocess.run(command, env={**os.environ, **ours}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["file"] == "hf://owner/repo/style.safetensors"
+    assert [request.token for request in hub.seen if request.server == "hub"] == [f"Bearer {TOKEN}"] * 2
+
+
 def test_the_rest_of_a_long_header_comes_with_one_more_request(hub: Hub) -> None:
     hub.files["style.safetensors"] = weights(note="x" * 700_000)
     with open_source("hf://owner/repo/style.safetensors") as source:
@@ -284,6 +296,8 @@ def test_every_read_gives_the_bytes_of_the_file(hub: Hub, monkeypatch: pytest.Mo
         for offset in (0, len(data) - size, *random.integers(0, len(data) - size, 5)):
             assert reader.read_at(int(offset), size) == data[offset : offset + size]
             assert len(reader._blocks) <= 8
+    for offset in (len(data), len(data) - 1, 99 * BLOCK):
+        assert "in all" in finding(partial(reader.read_at, offset, 2)).message
     reader.close()
 
 

@@ -84,8 +84,8 @@ def _parse(address: str) -> _Place:
     if match is None or printable(address) != address:
         raise UsageError(f"{said} is not an address on the hub: hf://owner/repo[@revision]/path/file.safetensors")
     place = _Place(match["repo"], match["revision"] and unquote(match["revision"]), (match["path"] or "").rstrip("/"))
-    steps = [*re.split(r"[/\\]", place.path or "."), *re.split(r"[/\\]", place.revision or ".")]
-    if "" in steps or ".." in steps or (place.path and "." in place.path.split("/")):
+    parts = {part for text in (place.path, place.revision) if text for part in re.split(r"[/\\]", text)}
+    if parts & {"", ".", ".."}:
         raise UsageError(f"{said} has an empty, `.` or `..` part, which no path on the hub has")
     try:
         validate_repo_id(place.repo)
@@ -322,6 +322,8 @@ class RangeReader:
         """Exactly `size` bytes. Raises FileError if the hub does not give them."""
         if size == 0:
             return b""
+        if offset + size > self.size:
+            raise _unreadable(f"{size:,} bytes at offset {offset:,} were expected; the file has {self.size:,} in all.")
         numbers = range(offset // _BLOCK, (offset + size - 1) // _BLOCK + 1)
         if len(numbers) > _MOST_BLOCKS:
             return self._fetch(offset, offset + size)

@@ -6,6 +6,7 @@ linear layers). Arrays are float64 inside, so that nothing is rounded before the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,7 +56,8 @@ class Lora:
     def from_tensors(cls, tensors: Mapping[str, Array], scale: float, kernel: Sequence[int]) -> Lora:
         """From tensors as stored: matrices or 4-D, kernels flattened or not."""
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
-        return cls(down.reshape(down.shape[0], -1), up.reshape(up.shape[0], up.shape[1]), mid, scale, tuple(kernel))
+        flat = down.reshape(down.shape[0], math.prod(down.shape[1:]))
+        return cls(flat, up.reshape(up.shape[0], up.shape[1]), mid, scale, tuple(kernel))
 
     def to_lora(self) -> Lora:
         if self.mid is None:
@@ -64,7 +66,7 @@ class Lora:
         folded = np.zeros((core.shape[0], down.shape[1], *core.shape[2:]))
         for inner in range(down.shape[0]):  # no BLAS: its sums differ between machines, and outputs must not
             folded += core[:, inner, None] * down[inner][None, :, None, None]
-        return Lora(folded.reshape(core.shape[0], -1), self.up, None, self.scale, self.kernel)
+        return Lora(folded.reshape(core.shape[0], math.prod(folded.shape[1:])), self.up, None, self.scale, self.kernel)
 
     def rows(self, start: int, stop: int) -> Lora:
         return Lora(self.down, self.up[start:stop], self.mid, self.scale, self.kernel)

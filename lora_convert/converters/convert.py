@@ -144,6 +144,15 @@ def _skip(source: Source, patterns: Sequence[str]) -> Source:
     return Source(replace(header, tensors=kept, findings=(*header.findings, said)), source.reader, remote=source.remote)
 
 
+def _local(target: Target, progress: Progress | None) -> Target:
+    """The target, or for an address on a hub the cached download of it: matrices are not read over the network."""
+    if not (isinstance(target, str) and target.startswith("hf://")):
+        return target
+    from lora_convert.containers.hub import download
+
+    return download(target, quiet=progress is None)
+
+
 @contextlib.contextmanager
 def _opened(target: Target, max_header: int = MAX_HEADER, skip: Sequence[str] = ()) -> Iterator[Source]:
     with open_source(target, max_header) as source:
@@ -266,7 +275,7 @@ def convert(
     """
     asked = _options(options)
     try:
-        with _opened(target, max_header, asked.skip) as source:
+        with _opened(_local(target, progress), max_header, asked.skip) as source:
             planned = _planned(source, asked)
             if planned.ok:
                 path = output_path(planned, Path(out))
@@ -278,7 +287,7 @@ def convert(
     except FileError as error:
         result = ConvertResult(_name(target), "failed", findings=error.findings)
     _raise_if(strict, result.findings)
-    return result
+    return replace(result, file=_name(target))
 
 
 class _AbandonedError(Exception):
@@ -394,11 +403,11 @@ def validate(
     source out. A bad file gives a result with status `fail`, or with `strict` raises FileError.
     """
     try:
-        with _opened(out, max_header) as output:
+        with _opened(_local(out, progress), max_header) as output:
             if against is None:
                 result = _verdict_alone(output, family, config)
             else:
-                with _opened(against, max_header, skip) as source:
+                with _opened(_local(against, progress), max_header, skip) as source:
                     truth = detect(source, family=family, config=config)
                     result = _against(output, _name(out), source, truth, progress, family)
     except FileError as error:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lora_convert.containers import Source
 from lora_convert.converters.adapters import ALGORITHMS, Lora, read_adapter
-from lora_convert.converters.values import count_zeros, is_finite, is_zero
+from lora_convert.converters.values import count_zeros, is_finite, is_zero, peak
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.report import Finding, counted, listed
 
@@ -29,6 +29,8 @@ Array = NDArray[Any]
 TOLERANCE: Mapping[str, float] = {"F32": 1e-6, "F64": 1e-6, "F16": 3e-4, "BF16": 2.4e-3}
 """Largest relative error of ΔW, by the output's dtype: one factor rounded once, uniformly distributed mantissas."""
 
+_CANCELLED = 1e-3  # where less remains of a sum in float32, it is mostly rounding errors
+_SAFE = (2.0**-40, 2.0**40)  # peaks of matrices whose squares can be summed in float32
 _MOST_FINDINGS = 20
 
 
@@ -47,7 +49,12 @@ class Rung:
 
 def _product_norm(left: Array, right: Array) -> float:
     """‖left · right‖ for (m, r) and (r, n)."""
-    return math.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T), dtype=np.float64))))
+    terms = np.multiply(left.T @ left, right @ right.T, dtype=np.float64)
+    square = float(terms.sum())
+    if square > _CANCELLED * float(np.abs(terms).sum()):
+        return math.sqrt(square)
+    triangle = np.linalg.qr(left.astype(np.float64), mode="r")  # keeps the norm, and squares nothing before the sum
+    return float(np.linalg.norm(triangle @ right.astype(np.float64)))
 
 
 def _is_close_to_power(value: float) -> float:
@@ -70,6 +77,8 @@ def _difference(first: Lora, second: Lora) -> float:
     if not ratio or not second.scale:
         return _general_difference(first, second)
     rest_down = second.down - ratio * first.down
+    if float(np.vdot(rest_down, rest_down)) > 1e-2 * float(np.vdot(second.down, second.down)):
+        return _general_difference(first, second)  # other factors, perhaps of the same product
     through = first.scale / (second.scale * ratio)
     rest_up = second.up - through * first.up
     if not rest_down.any():
@@ -80,7 +89,7 @@ def _difference(first: Lora, second: Lora) -> float:
 
 
 def _general_difference(first: Lora, second: Lora) -> float:
-    """‖ΔW₂ − ΔW₁‖ for any ranks; cancellation limits it to about 1e-8 of the norm, so in float64."""
+    """‖ΔW₂ − ΔW₁‖ for any ranks, in float64 because the terms cancel."""
     left = np.concatenate(
         [second.scale * second.up.astype(np.float64), -first.scale * first.up.astype(np.float64)], axis=1
     )
@@ -90,7 +99,8 @@ def _general_difference(first: Lora, second: Lora) -> float:
 
 def _wide(adapter: Lora) -> Lora:
     """The factors in float32 where that is exact and enough, else in float64."""
-    short = adapter.up.dtype.itemsize <= 2 and adapter.down.dtype.itemsize <= 2
+    matrices = adapter.up, adapter.down
+    short = all(values.dtype.itemsize <= 2 and _SAFE[0] < peak(values) < _SAFE[1] for values in matrices)
     wide = np.float32 if short else np.float64
     return Lora(adapter.down.astype(wide), adapter.up.astype(wide), None, adapter.scale, adapter.kernel)
 

@@ -153,7 +153,7 @@ def split_scale(down: Array, up: Array, scale: float, down_dtype: DType, up_dtyp
     first, second = _Factor(down, down_dtype, abs(exponent)), _Factor(up, up_dtype, abs(exponent))
     best = _least(first, second, _ways(odd, exponent, _inside(exponent)), Split(1.0, scale, math.inf))
     rounding = 0.0 if changes else min(float(_finfo(dtype).eps) / 2 for dtype in (down_dtype, up_dtype))
-    if best.error > rounding and (changes or abs(odd) != 1.0):
+    if best.error > rounding:
         first, second = _Factor(down, down_dtype, _ANYWHERE), _Factor(up, up_dtype, _ANYWHERE)
         best = _least(first, second, _ways(odd, exponent, _level(first, second, exponent)), best)
     return best
