@@ -162,13 +162,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        if self.hub.mode == "unsized body" and status < 300:
+        if "unsized body" in self.hub.mode and status < 300:
             self.send_header("Connection", "close")
         elif self.command != "HEAD" or status != 200:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        cut = self.hub.mode == "cut" and len(body) > 10
-        self.close_connection = self.close_connection or cut or self.hub.mode == "unsized body"
+        cut = "cut" in self.hub.mode and len(body) > 10
+        self.close_connection = self.close_connection or cut or "unsized body" in self.hub.mode
         with suppress(ConnectionError):
             for start in range(0, len(body), BLOCK):
                 piece = body[start : start + BLOCK // (1 + cut)]
@@ -454,12 +454,21 @@ def test_a_server_that_ignores_ranges_is_not_listened_to(hub: Hub) -> None:
     assert identify("hf://owner/repo/small.safetensors", alphas=True, strict=True).family == "sd15"
 
 
-@pytest.mark.parametrize("mode", ["cut", "shifted", "unsized", "nonsense"])
-def test_wrong_answers(hub: Hub, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("cut", "The hub could not be asked: "),
+        ("shifted", "not send the part"),
+        ("unsized", "not send the part"),
+        ("nonsense", "not send the part"),
+    ],
+)
+def test_wrong_answers(hub: Hub, mode: str, words: str) -> None:
     hub.files["style.safetensors"] = weights()
     hub.mode = mode
     said = finding(lambda: open_source("hf://owner/repo/style.safetensors"))
     assert said.name == "unreadable"
+    assert words in said.message
     assert said.fix
 
 
@@ -467,6 +476,11 @@ def test_a_body_without_length_may_be_whole_but_not_cut(hub: Hub) -> None:
     hub.files["style.safetensors"] = weights()
     hub.mode = "unsized body"
     assert identify("hf://owner/repo/style.safetensors", strict=True).family == "sd15"
+    hub.mode = "unsized body cut"
+    assert (
+        "promised 262,144 bytes and sent 131,072"
+        in finding(lambda: open_source("hf://owner/repo/style.safetensors")).message
+    )
 
 
 def test_a_file_that_changes_while_read(hub: Hub) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from lora_convert.report import Finding, printable, shown
 __all__ = ["conversion_lines", "detection_lines", "finding_lines", "plan_lines", "size", "validation_lines"]
 
 _COLOURS = {"note": "blue", "warning": "yellow", "error": "red"}
-_LABEL = 18
+_LABEL = 15
+_WIDTH = 110
 _MOST_VALUES = 6
 
 
@@ -84,8 +86,9 @@ def detection_lines(detection: Detection, modules: bool = False) -> Iterator[str
         yield _row("tensors", f"{detection.tensors} as {_distribution(detection.dtypes)}, {size(detection.bytes)}")
     if detection.trigger_words:
         yield _row("trigger words", ", ".join(shown(word) for word in detection.trigger_words))
-    for label, value in (detection.training or {}).items():
-        yield _row(label, shown(value))
+    facts = "; ".join(f"{label} {shown(value)}" for label, value in (detection.training or {}).items())
+    for number, line in enumerate(textwrap.wrap(facts, _WIDTH - _LABEL, break_on_hyphens=False)):
+        yield _row("" if number else "training", line)
     for number, reason in enumerate(detection.evidence):
         yield _row("" if number else "because", printable(reason))
     for number, rival in enumerate(detection.rivals):

@@ -6,11 +6,11 @@ import contextlib
 import fnmatch
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from lora_convert._version import __version__
 from lora_convert.containers import MAX_HEADER, Source, Target, open_source
@@ -217,28 +217,6 @@ def plan(target: Target, *, max_header: int = MAX_HEADER, strict: bool = False, 
     return planned
 
 
-class _Digest(threading.Thread):
-    """SHA-256 of the source, computed while other work is done (hashing holds no interpreter lock)."""
-
-    def __init__(self, source: Source) -> None:
-        super().__init__(daemon=True)
-        self._source, self._value = source, ""
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._value = sha256_of(self._source.chunks())
-        except BaseException as error:
-            self._error = error
-
-    def value(self) -> str:
-        self.join()
-        if self._error:
-            raise self._error
-        return self._value
-
-
 def output_path(planned: Plan, out: Path) -> Path:
     """Where the output goes: `out` itself if it names a safetensors file, else the layout's name inside it."""
     return out if out.suffix == ".safetensors" else out / planned.file_name
@@ -294,39 +272,50 @@ class _AbandonedError(Exception):
     """Leaves the block of an atomic file without publishing it."""
 
 
-def _write(source: Source, planned: Plan, path: Path, validated: bool, progress: Progress | None) -> ConvertResult:
-    """Execute the plan into the target's place, unless the values or the proof are bad."""
-    digest = _Digest(source)
-    total = sum(tensor.nbytes for tensor in source.header.tensors.values())
+def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    """A function that reports how much more of something is done."""
     done = 0
 
     def advance(number: int) -> None:
         nonlocal done
         done += number
         if progress:
-            progress("converting", done, total)
+            progress(what, done, total)
 
+    return advance
+
+
+def _fill(file: BinaryIO, source: Source, planned: Plan, hashing: Executor, progress: Progress | None) -> list[Finding]:
+    """Write the output's content, while the source is hashed beside it; returns what was noticed."""
+    if _is_own_output(planned, source):
+        for chunk in source.chunks():
+            file.write(chunk)
+        return []
+    source_sha256 = hashing.submit(sha256_of, source.chunks())
+    total = sum(tensor.nbytes for tensor in source.header.tensors.values())
+    advance = _counter(progress, "converting", total)
+    noticed = execute(planned, source, file, output_metadata(planned, __version__), source_sha256.result, advance)
+    return [*noticed.closing_findings(), *_idle_findings(noticed.idle, planned)]
+
+
+def _write(source: Source, planned: Plan, path: Path, validated: bool, progress: Progress | None) -> ConvertResult:
+    """Execute the plan into the target's place, unless the values or the proof are bad."""
     findings = list(planned.findings)
     proof = None
     try:
-        with atomic_file(path) as file:
-            if _is_own_output(planned, source):
-                for chunk in source.chunks():
-                    file.write(chunk)
-            else:
-                noticed = execute(planned, source, file, output_metadata(planned, digest.value(), __version__), advance)
-                findings += noticed.closing_findings()
-                findings += _idle_findings(noticed.idle, planned)
+        with ThreadPoolExecutor(1) as hashing, atomic_file(path) as file:
+            findings += _fill(file, source, planned, hashing, progress)
             file.flush()
             if severest(findings) == "error":
                 raise _AbandonedError
             with open_source(file) as output:
+                sha256 = hashing.submit(sha256_of, output.chunks())
                 if validated:
                     proof = _prove(output, str(path), source, planned.detection, progress)
                     findings += [finding for finding in proof.findings if finding.severity == "error"]
                     if not proof.ok:
                         raise _AbandonedError
-                record = OutputRecord(str(path), output.reader.size, sha256_of(output.chunks()))
+                record = OutputRecord(str(path), output.reader.size, sha256.result())
     except _AbandonedError:
         return ConvertResult(planned.file, "failed", planned, proof=proof, findings=tuple(findings))
     return ConvertResult(planned.file, "converted", planned, (record,), proof, tuple(findings))
@@ -359,15 +348,7 @@ def _prove(
 ) -> ValidateResult:
     """The rungs of the proof, on an open output against an open source."""
     found = detect(output, family=family or truth.family)
-    modules = len(found.payload)
-    done = 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        if progress:
-            progress("proving", done, modules)
-
+    advance = _counter(progress, "proving", len(found.payload))
     structure = check_structure(found)
     if structure.status == "fail":
         rungs = {"structure": structure}

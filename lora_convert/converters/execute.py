@@ -126,11 +126,17 @@ def _converted(values: Array, factor: float, tensor: OutputTensor, noticed: Exec
 
 
 def execute(
-    plan: Plan, source: Source, file: BinaryIO, metadata: dict[str, str], progress: Progress | None = None
+    plan: Plan,
+    source: Source,
+    file: BinaryIO,
+    metadata: dict[str, str],
+    source_sha256: Callable[[], str],
+    progress: Progress | None = None,
 ) -> Execution:
     """Write the plan's output to an open file, header last because it holds hashes of what comes before.
 
-    Returns what was noticed; if that has errors, the file's content is not to be used.
+    `source_sha256` is asked last, so that the source can be hashed meanwhile. Returns what was noticed; if that has
+    errors, the file's content is not to be used.
     """
     noticed = Execution()
     start = len(header_bytes(plan.tensors, metadata))
@@ -142,19 +148,20 @@ def execute(
         if progress:
             progress(sum(source.header.tensors[name].nbytes for name in step.source.tensors.values()))
     if not noticed.findings:
-        final = with_hashes(metadata, _hashes(plan, file, start, metadata)) if plan.tensors else metadata
+        tensors, legacy = _content_hashes(plan, file, start, metadata)
+        final = with_hashes(metadata, Hashes(tensors, legacy, source_sha256()))
         file.seek(0)
         file.write(header_bytes(plan.tensors, final))
     return noticed
 
 
-def _hashes(plan: Plan, file: BinaryIO, start: int, metadata: dict[str, str]) -> Hashes:
-    """Hashes of the data just written, if the metadata asks for them.
+def _content_hashes(plan: Plan, file: BinaryIO, start: int, metadata: dict[str, str]) -> tuple[str, str]:
+    """SHA-256 and kohya's legacy hash of the data just written, if the metadata asks for them.
 
     kohya's legacy hash is of the file as it would be with training metadata alone, so positions count from there.
     """
     if not STALE.keys() & metadata.keys():
-        return Hashes("", "")
+        return "", ""
     size = file.seek(0, 2) - start
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     training_header = header_bytes(plan.tensors, training)
@@ -170,4 +177,4 @@ def _hashes(plan: Plan, file: BinaryIO, start: int, metadata: dict[str, str]) ->
     file.seek(start)
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
-    return Hashes(digest.hexdigest(), legacy_hash(read_at, len(training_header) + size)[:8])
+    return digest.hexdigest(), legacy_hash(read_at, len(training_header) + size)[:8]

@@ -20,19 +20,22 @@ STALE: Mapping[str, str] = {
 }
 """Metadata entries that hash the file's content, and which hash they hold. Renewed where the source has them."""
 
-_LENGTHS = {"tensors": 64, "legacy": 8}
-
 
 @dataclass(frozen=True, slots=True)
 class Hashes:
-    """Hashes of an output's tensors, in hexadecimal: all of them, and kohya's legacy one."""
+    """Hashes that are known last, in hexadecimal: of the output's tensors, kohya's legacy one, of the source file."""
 
     tensors: str
     legacy: str
+    source: str
 
 
-def output_metadata(plan: Plan, source_sha256: str, version: str) -> dict[str, str]:
-    """The output's metadata, sorted; stale hashes are zeros of the right length until `with_hashes` fills them in."""
+_LATE = {**STALE, f"{PROVENANCE}source_sha256": "source"}
+_UNKNOWN = Hashes("0" * 64, "0" * 8, "0" * 64)
+
+
+def output_metadata(plan: Plan, version: str) -> dict[str, str]:
+    """The output's metadata, sorted; hashes are zeros of the right length until `with_hashes` fills them in."""
     source = plan.detection.metadata or {}
     family = FAMILIES[plan.detection.family or ""]
     kept = {
@@ -42,20 +45,19 @@ def output_metadata(plan: Plan, source_sha256: str, version: str) -> dict[str, s
         kept["modelspec.implementation"] = LAYOUTS[plan.layout].implementation(family)
     kept["format"] = "pt"
     kept[f"{PROVENANCE}version"] = version
-    kept[f"{PROVENANCE}source_sha256"] = source_sha256
+    kept[f"{PROVENANCE}source_sha256"] = ""
     kept[f"{PROVENANCE}family"] = family.name
     if plan.detection.trainer:
         kept[f"{PROVENANCE}trainer"] = plan.detection.trainer
     if plan.adapter_metadata:
         kept["lora_adapter_metadata"] = plan.adapter_metadata
-    zeros = Hashes("0" * _LENGTHS["tensors"], "0" * _LENGTHS["legacy"])
-    return dict(sorted(with_hashes(kept, zeros).items()))
+    return dict(sorted(with_hashes(kept, _UNKNOWN).items()))
 
 
 def with_hashes(metadata: Mapping[str, str], hashes: Hashes) -> dict[str, str]:
     """The metadata with its content hashes replaced; a `0x` before a hash stays."""
     renewed = dict(metadata)
-    for key, kind in STALE.items():
+    for key, kind in _LATE.items():
         if key in metadata:
             prefix = "0x" if metadata[key].startswith("0x") else ""
             renewed[key] = prefix + str(getattr(hashes, kind))
