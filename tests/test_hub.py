@@ -19,9 +19,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import huggingface_hub
 import numpy as np
 import pytest
+from conftest import LORA
 from huggingface_hub import constants, file_download, utils
 from safetensors.numpy import save
 
+import lora_convert
 from lora_convert import identify
 from lora_convert.containers import hub as hub_module
 from lora_convert.containers import open_source
@@ -609,3 +611,26 @@ def test_the_hub_library_is_imported_for_addresses_alone() -> None:
         "import sys, lora_convert.containers, lora_convert.converters.convert; print('huggingface_hub' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_convert_and_validate_take_addresses(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"a/style.safetensors": (LORA / "k_sd15_dylora.safetensors").read_bytes()}
+    result = lora_convert.convert("hf://owner/repo/a/style.safetensors", tmp_path / "out", to="kohya")
+    assert result.ok, result.findings
+    assert result.file == "hf://owner/repo/a/style.safetensors"
+    assert Path(result.outputs[0].path).name == "style.safetensors"
+    assert lora_convert.validate(result.outputs[0].path, against="hf://owner/repo/a").ok
+    missing = lora_convert.convert("hf://owner/repo/b.safetensors", tmp_path / "other")
+    assert (missing.status, [found.name for found in missing.findings]) == ("failed", ["unreadable"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_peft_file_on_the_hub_finds_its_configuration(hub: Hub) -> None:
+    hub.files = {
+        "adapter_model.safetensors": (LORA / "p_sd15_lora.safetensors").read_bytes(),
+        "adapter_config.json": (LORA / "p_sd15_lora.adapter_config.json").read_bytes(),
+    }
+    remote = lora_convert.identify("hf://owner/repo", alphas=True)
+    assert {module.scale for module in remote.payload} == {0.5}
+    unread = lora_convert.identify("hf://owner/repo")
+    assert unread.family == "sd15" and not unread.findings

@@ -99,7 +99,7 @@ def _exit_status(findings: Sequence[Finding], fail_on: str) -> int:
     "--hash", "hashes", is_flag=True, help="Add SHA-256, AutoV1, AutoV2, AutoV3, CRC32 (and BLAKE3 if installed)."
 )
 @click.option("--modules", is_flag=True, help="List every adapted module with its algorithm, rank and alpha.")
-@click.option("--alphas", is_flag=True, help="Read the alphas of a remote file too (a few more requests).")
+@click.option("--alphas", is_flag=True, help="Read the alphas of a remote file too (up to a request per module).")
 def inspect(
     files: tuple[str, ...],
     family: str | None,

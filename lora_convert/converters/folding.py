@@ -155,8 +155,18 @@ def split_scale(down: Array, up: Array, scale: float, down_dtype: DType, up_dtyp
     rounding = 0.0 if changes else min(float(_finfo(dtype).eps) / 2 for dtype in (down_dtype, up_dtype))
     if best.error > rounding:
         first, second = _Factor(down, down_dtype, _ANYWHERE), _Factor(up, up_dtype, _ANYWHERE)
-        best = _least(first, second, _ways(odd, exponent, _level(first, second, exponent)), best)
+        best = _climb(first, second, _least(first, second, _ways(odd, exponent, _level(first, second, exponent)), best))
     return best
+
+
+def _climb(first: _Factor, second: _Factor, best: Split) -> Split:
+    """The split from which a further shift between the matrices gains nothing."""
+    while True:
+        ways = ((best.down * 2, best.up / 2), (best.down / 2, best.up * 2))
+        better = _least(first, second, ways, best)
+        if better is best:
+            return best
+        best = better
 
 
 def _least(first: _Factor, second: _Factor, ways: Iterable[tuple[float, float]], best: Split) -> Split:

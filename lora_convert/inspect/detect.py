@@ -361,7 +361,13 @@ def _configs(source: Source, spellings: set[str], config: Path | None) -> Mappin
 
 
 def _beside(source: Source) -> Path | None:
-    return None if source.remote or source.header.path.startswith("<") else find_config(Path(source.header.path))
+    """The peft configuration that lies beside the file, here or on the hub."""
+    path = source.header.path
+    if path.startswith("hf://"):
+        from lora_convert.containers.hub import download_beside
+
+        return download_beside(path, "adapter_config.json")
+    return None if path.startswith("<") else find_config(Path(path))
 
 
 def _adapted(
@@ -514,7 +520,8 @@ def _explained(
     values, said = _read_alphas(source, groups) if read_alphas else (None, [])
     findings += said
     try:
-        configs = _configs(source, {place.spelling for place in match.fitted.values()}, config)
+        spellings = {place.spelling for place in match.fitted.values()} if read_alphas else set()
+        configs = _configs(source, spellings, config)
     except FileError as error:
         findings += error.findings
         configs = {}
