@@ -21,12 +21,12 @@ if TYPE_CHECKING:
         OutputRecord,
         ValidateResult,
         convert,
-        identify,
         plan,
         validate,
     )
     from lora_convert.converters.plan import Plan
     from lora_convert.inspect.detection import Detection
+    from lora_convert.inspect.identify import identify
 
 __all__ = [
     "ConvertResult",
@@ -48,6 +48,7 @@ __all__ = [
 _WHERE = {
     "Detection": "lora_convert.inspect.detection",
     "Plan": "lora_convert.converters.plan",
+    "identify": "lora_convert.inspect.identify",
 }
 _CALLS = "lora_convert.converters.convert"
 

@@ -32,3 +32,10 @@ class FileError(LoraConvertError):
 
 class Unrepresentable(LoraConvertError):  # noqa: N818 (a property of the adapter, not a mistake)
     """An adapter has no exact form of the kind asked for; the message says why."""
+
+
+def raise_errors(strict: bool, findings: Sequence[Finding]) -> None:
+    """With `strict`, raise the findings of severity error as FileError, if there are any."""
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if strict and errors:
+        raise FileError(errors)

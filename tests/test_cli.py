@@ -168,7 +168,7 @@ def test_demo_runs_and_leaves_its_files(tmp_path, capsys):
 
 
 def test_an_internal_error_is_a_sentence(call, monkeypatch):
-    monkeypatch.setattr("lora_convert.converters.convert.identify", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("lora_convert.inspect.identify.identify", lambda *_, **__: 1 / 0)
     status, _, err = call("inspect", FILE)
     assert status == 2 and "internal error (ZeroDivisionError" in err and "Traceback" not in err
     monkeypatch.setenv("LORA_CONVERT_DEBUG", "1")

@@ -116,7 +116,7 @@ def test_other_scales_cost_no_more_than_one_rounding_where_possible(problem):
 @given(pairs(POWERS + OTHERS, *CHANGES))
 def test_where_the_dtype_changes_no_split_is_noticeably_better(problem):
     error, best = judged(problem)
-    assert error <= 3 * best + float(ml_dtypes.finfo(problem[3]).eps) / 10
+    assert error <= 3 * best + float(ml_dtypes.finfo(problem[3]).eps) / 4  # the error of one rounding
 
 
 def normal(shape: tuple[int, ...], dtype: np.dtype, spread: float, seed: int = 0) -> np.ndarray:

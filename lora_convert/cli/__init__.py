@@ -123,7 +123,7 @@ def inspect(
       lora-convert inspect hf://owner/repo/style.safetensors --alphas
     """
     from lora_convert.cli.text import detection_lines
-    from lora_convert.converters.convert import identify
+    from lora_convert.inspect.identify import identify
 
     status = 0
     for file in files:

@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from lora_convert.cli.text import conversion_lines, detection_lines, validation_lines
-from lora_convert.converters.convert import convert, identify, validate
+from lora_convert.converters.convert import convert, validate
 from lora_convert.inspect.detection import Detection
+from lora_convert.inspect.identify import identify
 
 __all__ = ["SAMPLE", "run_demo"]
 

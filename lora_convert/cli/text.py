@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_convert.converters.convert import ConvertResult, ValidateResult
-from lora_convert.converters.plan import Plan
 from lora_convert.families import FAMILIES
 from lora_convert.inspect.detection import Detection
 from lora_convert.report import Finding, printable, shown
+
+if TYPE_CHECKING:
+    from lora_convert.converters.convert import ConvertResult, ValidateResult
+    from lora_convert.converters.plan import Plan
 
 __all__ = ["conversion_lines", "detection_lines", "finding_lines", "plan_lines", "size", "validation_lines"]
 

@@ -6,22 +6,24 @@ Nothing is mapped into memory and nothing is read that was not asked for, so tha
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 from lora_convert.containers import dtypes
 from lora_convert.containers.header import MAX_HEADER, MAX_HEADER_LIMIT, Header, parse_header
 from lora_convert.errors import FileError, UsageError
-from lora_convert.report import Finding, shown
+from lora_convert.report import Finding, listed, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["FileReader", "Reader", "Source", "Target", "open_source"]
+__all__ = ["FileReader", "Reader", "Source", "Target", "name_of", "open_path", "open_source", "opened"]
 
 Target = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """What the library's calls take as a file: a path, a `hf://` address, the bytes themselves, or an open binary file."""
@@ -218,3 +220,37 @@ def open_source(target: Target, max_header: int = MAX_HEADER) -> Source:
         source = Source(read_header(reader, name, max_header), reader, remote=remote)
         stack.pop_all()
         return source
+
+
+def name_of(target: Target) -> str:
+    """What to call a target in results and messages."""
+    if isinstance(target, bytes | bytearray | memoryview):
+        return "<bytes>"
+    if isinstance(target, str | os.PathLike):
+        return str(target)
+    return str(getattr(target, "name", "<file>"))
+
+
+def _without(source: Source, patterns: Sequence[str]) -> Source:
+    """The source without the tensors that the patterns name, and with a finding that says so."""
+    if not patterns:
+        return source
+    header = source.header
+    dropped = [name for name in header.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    unused = [pattern for pattern in patterns if not fnmatch.filter(header.tensors, pattern)]
+    if unused:
+        raise UsageError(f"--skip {shown(unused[0])!r} matches no tensor")
+    lost = sum(header.tensors[name].nbytes for name in dropped)
+    message = (
+        f"{len(dropped)} of {len(header.tensors)} tensors ({lost:,} bytes) were left out as asked: {listed(dropped)}."
+    )
+    said = Finding("skipped", "warning", "", message)
+    kept = {name: tensor for name, tensor in header.tensors.items() if name not in set(dropped)}
+    return Source(replace(header, tensors=kept, findings=(*header.findings, said)), source.reader, remote=source.remote)
+
+
+@contextlib.contextmanager
+def opened(target: Target, max_header: int = MAX_HEADER, skip: Sequence[str] = ()) -> Iterator[Source]:
+    """`open_source` without the tensors whose names match a pattern of `skip`; closed at the end of the block."""
+    with open_source(target, max_header) as source:
+        yield _without(source, skip)

@@ -1,31 +1,28 @@
-"""identify, plan, convert and validate: the calls of the library, on a path, bytes or an open file."""
+"""plan, convert and validate: calls of the library, on a path, bytes or an open file."""
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from lora_convert._version import __version__
-from lora_convert.containers import MAX_HEADER, Source, Target, open_source
+from lora_convert.containers import MAX_HEADER, Source, Target, name_of, open_source, opened
 from lora_convert.converters.execute import execute
 from lora_convert.converters.fidelity import Rung, check_deltas, check_numbers, check_structure
 from lora_convert.converters.metadata import PROVENANCE, output_metadata
 from lora_convert.converters.plan import Options, Plan, make_plan
 from lora_convert.converters.writer import atomic_file
-from lora_convert.errors import FileError, UsageError
-from lora_convert.hashes import file_hashes, sha256_of
+from lora_convert.errors import FileError, UsageError, raise_errors
+from lora_convert.hashes import sha256_of
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import Detection
 from lora_convert.report import SCHEMA, Finding, listed, severest, shown
 
-__all__ = ["ConvertResult", "OutputRecord", "Progress", "ValidateResult", "convert", "identify", "plan", "validate"]
+__all__ = ["ConvertResult", "OutputRecord", "Progress", "ValidateResult", "convert", "plan", "validate"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -118,32 +115,6 @@ class ConvertResult:
         }
 
 
-def _name(target: Target) -> str:
-    if isinstance(target, bytes | bytearray | memoryview):
-        return "<bytes>"
-    if isinstance(target, str | os.PathLike):
-        return str(target)
-    return str(getattr(target, "name", "<file>"))
-
-
-def _skip(source: Source, patterns: Sequence[str]) -> Source:
-    """The source without the tensors that the patterns name, and with a finding that says so."""
-    if not patterns:
-        return source
-    header = source.header
-    dropped = [name for name in header.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    unused = [pattern for pattern in patterns if not fnmatch.filter(header.tensors, pattern)]
-    if unused:
-        raise UsageError(f"--skip {shown(unused[0])!r} matches no tensor")
-    lost = sum(header.tensors[name].nbytes for name in dropped)
-    message = (
-        f"{len(dropped)} of {len(header.tensors)} tensors ({lost:,} bytes) were left out as asked: {listed(dropped)}."
-    )
-    said = Finding("skipped", "warning", "", message)
-    kept = {name: tensor for name, tensor in header.tensors.items() if name not in set(dropped)}
-    return Source(replace(header, tensors=kept, findings=(*header.findings, said)), source.reader, remote=source.remote)
-
-
 def _local(target: Target, progress: Progress | None) -> Target:
     """The target, or for an address on a hub the cached download of it: matrices are not read over the network."""
     if not (isinstance(target, str) and target.startswith("hf://")):
@@ -151,49 +122,6 @@ def _local(target: Target, progress: Progress | None) -> Target:
     from lora_convert.containers.hub import download
 
     return download(target, quiet=progress is None)
-
-
-@contextlib.contextmanager
-def _opened(target: Target, max_header: int = MAX_HEADER, skip: Sequence[str] = ()) -> Iterator[Source]:
-    with open_source(target, max_header) as source:
-        yield _skip(source, skip)
-
-
-def _raise_if(strict: bool, findings: Sequence[Finding]) -> None:
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if strict and errors:
-        raise FileError(errors)
-
-
-def identify(
-    target: Target,
-    *,
-    family: str | None = None,
-    config: Path | None = None,
-    alphas: bool | None = None,
-    hashes: bool = False,
-    max_header: int = MAX_HEADER,
-    skip: Sequence[str] = (),
-    strict: bool = False,
-) -> Detection:
-    """Say what a weight file is, and why. Only the header and the few bytes of its scalars are read.
-
-    `target` is a path, a `hf://` address, bytes or an open binary file; `family` decides a tie; `config` is a peft
-    `adapter_config.json`; `alphas` reads the scalars (default: of local files); `hashes` reads the whole file.
-    A bad file gives findings, or with `strict` raises FileError.
-    """
-    try:
-        with _opened(target, max_header, skip) as source:
-            read_alphas = not source.remote if alphas is None else alphas
-            found = detect(source, family=family, config=config, read_alphas=read_alphas)
-            if hashes:
-                reader = source.reader
-                sums = file_hashes(source.chunks(), reader.read_at, reader.size, source.header.data_start)
-                found = replace(found, hashes=sums)
-    except FileError as error:
-        found = Detection(_name(target), "unknown", findings=error.findings)
-    _raise_if(strict, found.findings)
-    return found
 
 
 def _options(options: Mapping[str, Any]) -> Options:
@@ -208,12 +136,12 @@ def plan(target: Target, *, max_header: int = MAX_HEADER, strict: bool = False, 
     """What `convert` would do, without reading a matrix. Options as for `convert`."""
     asked = _options(options)
     try:
-        with _opened(target, max_header, asked.skip) as source:
+        with opened(target, max_header, asked.skip) as source:
             planned = _planned(source, asked)
     except FileError as error:
-        broken = Detection(_name(target), "unknown", findings=error.findings)
-        planned = Plan(_name(target), "failed", broken, findings=error.findings)
-    _raise_if(strict, planned.findings)
+        broken = Detection(name_of(target), "unknown", findings=error.findings)
+        planned = Plan(name_of(target), "failed", broken, findings=error.findings)
+    raise_errors(strict, planned.findings)
     return planned
 
 
@@ -224,7 +152,7 @@ def output_path(planned: Plan, out: Path) -> Path:
 
 def _refuse_overwrite(target: Target, path: Path, force: bool) -> None:
     if not isinstance(target, bytes | bytearray | memoryview):
-        source = Path(_name(target))
+        source = Path(name_of(target))
         if path.exists() and source.exists() and path.samefile(source):
             raise UsageError(f"the output {shown(str(path))} is the input; name another with -o")
     if path.is_dir():
@@ -253,7 +181,7 @@ def convert(
     """
     asked = _options(options)
     try:
-        with _opened(_local(target, progress), max_header, asked.skip) as source:
+        with opened(_local(target, progress), max_header, asked.skip) as source:
             planned = _planned(source, asked)
             if planned.ok:
                 path = output_path(planned, Path(out))
@@ -263,9 +191,9 @@ def convert(
                 status: Literal["refused", "failed"] = "refused" if planned.status == "refused" else "failed"
                 result = ConvertResult(planned.file, status, planned, findings=planned.findings)
     except FileError as error:
-        result = ConvertResult(_name(target), "failed", findings=error.findings)
-    _raise_if(strict, result.findings)
-    return replace(result, file=_name(target))
+        result = ConvertResult(name_of(target), "failed", findings=error.findings)
+    raise_errors(strict, result.findings)
+    return replace(result, file=name_of(target))
 
 
 class _AbandonedError(Exception):
@@ -384,17 +312,17 @@ def validate(
     source out. A bad file gives a result with status `fail`, or with `strict` raises FileError.
     """
     try:
-        with _opened(_local(out, progress), max_header) as output:
+        with opened(_local(out, progress), max_header) as output:
             if against is None:
                 result = _verdict_alone(output, family, config)
             else:
-                with _opened(_local(against, progress), max_header, skip) as source:
+                with opened(_local(against, progress), max_header, skip) as source:
                     truth = detect(source, family=family, config=config)
-                    result = _against(output, _name(out), source, truth, progress, family)
+                    result = _against(output, name_of(out), source, truth, progress, family)
     except FileError as error:
         broken = Rung("fail", "the file cannot be read", findings=error.findings)
-        result = ValidateResult(_name(out), None, "fail", None, {"structure": broken}, error.findings)
-    _raise_if(strict, result.findings)
+        result = ValidateResult(name_of(out), None, "fail", None, {"structure": broken}, error.findings)
+    raise_errors(strict, result.findings)
     return result
 
 

@@ -25,6 +25,7 @@ DType = np.dtype[Any]
 _TABLE_FROM = 1 << 16
 _SAMPLE = 1 << 12
 _ANYWHERE = 1 << 11
+_STEPS = (2.0, 0.5, 4.0, 0.25, 8.0, 0.125)
 _GAIN = 0.98  # a more intrusive split has to be better than an estimate's noise
 
 
@@ -162,8 +163,7 @@ def split_scale(down: Array, up: Array, scale: float, down_dtype: DType, up_dtyp
 def _climb(first: _Factor, second: _Factor, best: Split) -> Split:
     """The split from which a further shift between the matrices gains nothing."""
     while True:
-        ways = ((best.down * 2, best.up / 2), (best.down / 2, best.up * 2))
-        better = _least(first, second, ways, best)
+        better = _least(first, second, ((best.down * step, best.up / step) for step in _STEPS), best)
         if better is best:
             return best
         best = better
