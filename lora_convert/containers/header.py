@@ -240,6 +240,9 @@ def _check_metadata(content: object) -> tuple[dict[str, str], list[Finding]]:
     return content, findings
 
 
+_IMITATION = re.compile("[\\W_]*".join(["", *"metadata", ""]), re.IGNORECASE)
+
+
 def _suspicious(name: str) -> str | None:
     """Why a tensor name is one that no trainer writes, or None."""
     if not name:
@@ -248,7 +251,7 @@ def _suspicious(name: str) -> str | None:
         return "it has control or formatting characters"
     if "/" in name or "\\" in name:
         return "it looks like a path"
-    if re.sub(r"\W|_", "", name).lower() == "metadata":
+    if _IMITATION.fullmatch(name):
         return "it imitates the metadata entry"
     return "it is longer than 500 characters" if len(name) > 500 else None
 

@@ -59,6 +59,8 @@ class FileReader:
     def __init__(self, file: BinaryIO, *, owned: bool) -> None:
         self._file, self._owned = file, owned
         self._lock = threading.Lock()
+        # only of a file that was opened here is it known that its descriptor gives the same bytes (gzip's does not)
+        self._descriptor = file.fileno() if owned and hasattr(os, "pread") else None
         try:
             self._position = file.tell()
             nothing: object = file.read(0)
@@ -68,13 +70,18 @@ class FileReader:
         except (OSError, ValueError, AttributeError) as error:
             raise UsageError(f"the open file is not one to seek and read bytes in: {error}") from None
 
+    def _read(self, offset: int, size: int) -> bytes:
+        if self._descriptor is not None:
+            return os.pread(self._descriptor, size, offset)  # threads need not wait for each other
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(size)
+
     def read_at(self, offset: int, size: int) -> bytes:
         try:
-            with self._lock:
-                self._file.seek(offset)
-                data = self._file.read(size)
-                while len(data) < size and (more := self._file.read(size - len(data))):
-                    data += more  # an unbuffered file gives at most 2 GiB at once
+            data = self._read(offset, size)
+            while len(data) < size and (more := self._read(offset + len(data), size - len(data))):
+                data += more  # at most 2 GiB come at once
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise FileError([Finding("unreadable", "error", "", f"Reading failed: {reason}.")]) from None
@@ -119,8 +126,13 @@ class Source:
 
     def chunks(self, size: int = 1 << 20) -> Iterator[bytes]:
         """The whole file, piece by piece."""
-        for offset in range(0, self.reader.size, size):
-            yield self.reader.read_at(offset, min(size, self.reader.size - offset))
+        return chunks_of(self.reader, size)
+
+
+def chunks_of(reader: Reader, size: int = 1 << 20) -> Iterator[bytes]:
+    """All of a reader's bytes, piece by piece."""
+    for offset in range(0, reader.size, size):
+        yield reader.read_at(offset, min(size, reader.size - offset))
 
 
 _PICKLE = "a Python pickle, which can run code when loaded"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -10,7 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from lora_convert._version import __version__
-from lora_convert.containers import MAX_HEADER, Source, Target, name_of, open_source, opened
+from lora_convert.containers import MAX_HEADER, Source, Target, name_of, opened
+from lora_convert.containers.source import FileReader, chunks_of, open_path, read_header
 from lora_convert.converters.execute import execute
 from lora_convert.converters.fidelity import Rung, check_deltas, check_numbers, check_structure
 from lora_convert.converters.metadata import PROVENANCE, output_metadata
@@ -213,13 +216,13 @@ def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int]
     return advance
 
 
-def _fill(file: BinaryIO, source: Source, planned: Plan, hashing: Executor, progress: Progress | None) -> list[Finding]:
+def _fill(file: BinaryIO, source: Source, planned: Plan, beside: Executor, progress: Progress | None) -> list[Finding]:
     """Write the output's content, while the source is hashed beside it; returns what was noticed."""
     if _is_own_output(planned, source):
         for chunk in source.chunks():
             file.write(chunk)
         return []
-    source_sha256 = hashing.submit(sha256_of, source.chunks())
+    source_sha256 = beside.submit(sha256_of, source.chunks())
     total = sum(tensor.nbytes for tensor in source.header.tensors.values())
     advance = _counter(progress, "converting", total)
     noticed = execute(planned, source, file, output_metadata(planned, __version__), source_sha256.result, advance)
@@ -231,19 +234,23 @@ def _write(source: Source, planned: Plan, path: Path, validated: bool, progress:
     findings = list(planned.findings)
     proof = None
     try:
-        with ThreadPoolExecutor(1) as hashing, atomic_file(path) as file:
-            findings += _fill(file, source, planned, hashing, progress)
+        # the pool comes last, so that it has ended before a file that it reads is closed
+        with atomic_file(path) as file, contextlib.ExitStack() as opened_files, ThreadPoolExecutor(2) as beside:
+            findings += _fill(file, source, planned, beside, progress)
             file.flush()
             if severest(findings) == "error":
                 raise _AbandonedError
-            with open_source(file) as output:
-                sha256 = hashing.submit(sha256_of, output.chunks())
-                if validated:
-                    proof = _prove(output, str(path), source, planned.detection, progress)
-                    findings += [finding for finding in proof.findings if finding.severity == "error"]
-                    if not proof.ok:
-                        raise _AbandonedError
-                record = OutputRecord(str(path), output.reader.size, sha256.result())
+            on_disk = beside.submit(os.fsync, file.fileno())
+            reader = opened_files.enter_context(contextlib.closing(FileReader(open_path(Path(file.name)), owned=True)))
+            sha256 = beside.submit(sha256_of, chunks_of(reader))
+            if validated:
+                output = Source(read_header(reader, str(path)), reader)
+                proof = _prove(output, str(path), source, planned.detection, progress)
+                findings += [finding for finding in proof.findings if finding.severity == "error"]
+                if not proof.ok:
+                    raise _AbandonedError
+            record = OutputRecord(str(path), reader.size, sha256.result())
+            on_disk.result()
     except _AbandonedError:
         return ConvertResult(planned.file, "failed", planned, proof=proof, findings=tuple(findings))
     return ConvertResult(planned.file, "converted", planned, (record,), proof, tuple(findings))

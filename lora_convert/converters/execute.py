@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -16,7 +17,7 @@ from lora_convert.converters.adapters import Lora, read_adapter
 from lora_convert.converters.folding import Split, rescaled, split_scale
 from lora_convert.converters.metadata import STALE, Hashes, with_hashes
 from lora_convert.converters.plan import OutputTensor, Plan, Step
-from lora_convert.converters.values import count_zeros, is_finite, is_zero
+from lora_convert.converters.values import count_zeros, is_finite, peak
 from lora_convert.converters.writer import header_bytes, offsets
 from lora_convert.hashes import legacy_hash
 from lora_convert.report import Finding, counted
@@ -61,17 +62,19 @@ class Execution:
         return findings
 
 
-def _check_source(step: Step, factors: Lora, noticed: Execution) -> bool:
-    """Whether the stored values are numbers; a finding for each tensor where they are not."""
-    sound = True
+def _peaks(step: Step, factors: Lora, noticed: Execution) -> list[float]:
+    """The largest magnitude of each stored matrix; a finding for each where that is not a number."""
+    peaks = []
     for part, values in (("down", factors.down), ("up", factors.up), ("mid", factors.mid)):
-        if values is not None and not is_finite(values):
+        if values is None:
+            continue
+        peaks.append(peak(values))
+        if not math.isfinite(peaks[-1]):
             bad = int(values.size - np.isfinite(values.astype(np.float32)).sum())
             message = f"{bad} of its {values.size} values are NaN or infinite."
             fix = "The training broke down or the file is damaged; --skip can leave the module out."
             noticed.findings.append(Finding("not-finite", "error", step.source.tensors[part], message, fix))
-            sound = False
-    return sound
+    return peaks
 
 
 def _split(step: Step, factors: Lora, group: tuple[OutputTensor, ...]) -> Split:
@@ -89,10 +92,11 @@ def run_step(step: Step, source: Source, noticed: Execution) -> Iterator[tuple[O
     """The arrays of a step's output tensors. What is wrong with the values is noted, and nothing more is yielded."""
     factors = read_adapter(source, step.source)
     assert isinstance(factors, Lora)
-    if not _check_source(step, factors, noticed):
+    peaks = _peaks(step, factors, noticed)
+    if not all(map(math.isfinite, peaks)):
         return
     name = step.source.modules[0].name
-    if step.fold == 0.0 or is_zero(factors.up) or is_zero(factors.down):
+    if step.fold == 0.0 or 0.0 in peaks:
         noticed.idle.append(name)
     plain = factors.to_lora()
     split = _split(step, plain, step.outputs[0])
@@ -115,11 +119,13 @@ def _converted(values: Array, factor: float, tensor: OutputTensor, noticed: Exec
     dtype = numpy_dtype(tensor.dtype)
     converted = rescaled(values, factor, dtype)
     if converted is not values:
-        if not is_finite(converted):
+        grows = abs(factor) > 1.0 or dtype != values.dtype
+        if grows and not is_finite(converted):
             message = f"times {factor:g} its values do not fit {tensor.dtype}."
             fix = "Write a wider dtype (--dtype fp32), or keep the scale in the header (--alpha header)."
             noticed.findings.append(Finding("overflow", "error", tensor.name, message, fix))
-        lost = count_zeros(converted) - count_zeros(values) if factor else 0
+        shrinks = 0.0 < abs(factor) < 1.0 or dtype != values.dtype
+        lost = count_zeros(converted) - count_zeros(values) if shrinks else 0
         if lost > 0:
             noticed.underflows[tensor.name] = lost
     return converted.reshape(tensor.shape)

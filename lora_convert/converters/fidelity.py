@@ -9,7 +9,9 @@ and ‖X·Y‖² = ⟨XᵀX, YYᵀ⟩ takes r × r matrices only.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from lora_convert.containers import Source
 from lora_convert.converters.adapters import ALGORITHMS, Lora, read_adapter
+from lora_convert.converters.folding import rescaled
 from lora_convert.converters.values import count_zeros, is_finite, is_zero, peak
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.report import Finding, counted, listed
@@ -32,6 +35,8 @@ TOLERANCE: Mapping[str, float] = {"F32": 1e-6, "F64": 1e-6, "F16": 3e-4, "BF16":
 _CANCELLED = 1e-3  # where less remains of a sum in float32, it is mostly rounding errors
 _SAFE = (2.0**-40, 2.0**40)  # peaks of matrices whose squares can be summed in float32
 _MOST_FINDINGS = 20
+_BATCH = 8  # modules that a thread compares at a time
+_MOST_THREADS = 4  # each holds the matrices of one module
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ def _difference(first: Lora, second: Lora) -> float:
     rest_up = second.up - through * first.up
     if not rest_down.any():
         return abs(second.scale) * _product_norm(rest_up, second.down) if rest_up.any() else 0.0
+    if not rest_up.any():
+        return abs(second.scale * through) * _product_norm(first.up, rest_down)
     left = np.concatenate([rest_up, through * first.up], axis=1)
     right = np.concatenate([second.down, rest_down], axis=0)
     return abs(second.scale) * _product_norm(left, right)
@@ -102,7 +109,13 @@ def _wide(adapter: Lora) -> Lora:
     matrices = adapter.up, adapter.down
     short = all(values.dtype.itemsize <= 2 and _SAFE[0] < peak(values) < _SAFE[1] for values in matrices)
     wide = np.float32 if short else np.float64
-    return Lora(adapter.down.astype(wide), adapter.up.astype(wide), None, adapter.scale, adapter.kernel)
+    down, up = (_widened(values, np.dtype(wide)) for values in (adapter.down, adapter.up))
+    return Lora(down, up, None, adapter.scale, adapter.kernel)
+
+
+def _widened(values: Array, dtype: np.dtype[Any]) -> Array:
+    # numpy converts halves one by one in software; looking them up takes half the time
+    return rescaled(values, 1.0, dtype) if values.dtype == np.float16 else values.astype(dtype)
 
 
 def _same_bytes(first: Lora, second: Lora) -> bool:
@@ -163,7 +176,8 @@ def _tolerance(source: Source, module: AdaptedModule, narrowed: bool) -> float:
 
 
 def _missing(ours: Sequence[str], theirs: Sequence[str], message: str) -> list[Finding]:
-    lost = [name for name in ours if name not in set(theirs)]
+    known = set(theirs)
+    lost = [name for name in ours if name not in known]
     return [Finding("delta-mismatch", "error", "", f"{len(lost)} modules {message}: {listed(lost)}.")] if lost else []
 
 
@@ -218,9 +232,19 @@ def check_deltas(
     theirs = {name: place for name, place in theirs.items() if name in ours or not _changes_nothing(place)}
     findings = _missing(list(theirs), list(ours), "of the source are not in the output")
     findings += _missing(list(ours), list(theirs), "of the output are not in the source")
+    names = [name for name in theirs if name in ours]
+
+    def compare(batch: Sequence[str]) -> list[float]:
+        return [relative_error(_lora(source, theirs[name]), _lora(output, ours[name])) for name in batch]
+
     errors: dict[str, float] = {}
-    for name in theirs.keys() & ours.keys():
-        errors[name] = relative_error(_lora(source, theirs[name]), _lora(output, ours[name]))
+    batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
+        for batch, results in zip(batches, pool.map(compare, batches), strict=True):
+            errors |= zip(batch, results, strict=True)
+            if progress:
+                progress(len(batch))
+    for name in names:
         module = ours[name][0]
         narrowed = _narrowed(source, theirs[name][0], output, module)
         limit = _tolerance(output, module, narrowed)
@@ -230,8 +254,6 @@ def check_deltas(
             )
             fix = "A wider dtype (--dtype fp32) or --alpha header keeps more."
             findings.append(Finding("delta-mismatch", "error", name, message, fix))
-        if progress:
-            progress(1)
     worst = sorted(errors, key=lambda name: (-errors[name], name))[:5]
     figures = {
         "modules": len(errors),

@@ -22,7 +22,7 @@ __all__ = ["Split", "rescaled", "split_scale"]
 Array = NDArray[Any]
 DType = np.dtype[Any]
 
-_TABLE_FROM = 1 << 16
+_TABLE_FROM = 1 << 13
 _SAMPLE = 1 << 12
 _ANYWHERE = 1 << 11
 _STEPS = (2.0, 0.5, 4.0, 0.25, 8.0, 0.125)
@@ -44,6 +44,12 @@ def _finfo(dtype: DType) -> Any:
     return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
+def _named(name: str) -> DType:
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def _sample(values: Array) -> Array:
     """Evenly spaced elements, as float64."""
     flat = values.reshape(-1)
@@ -56,6 +62,19 @@ def _stored(values: Array, dtype: DType) -> Array:
         return np.asarray(values.astype(dtype).astype(np.float64))
 
 
+def _errors(values: Array, factor: float, dtype: DType) -> Array:
+    return np.asarray(_stored(values * factor, dtype) / factor - values)
+
+
+@lru_cache(maxsize=32)
+def _squared_errors(source: str, target: str, factor: float) -> Array:
+    """The squared errors of all magnitudes of a dtype of at most 16 bits, to be looked up by their bits."""
+    dtype = _named(source)
+    codes = np.arange(1 << (8 * dtype.itemsize - 1)).astype(BITS[dtype.itemsize])
+    with np.errstate(invalid="ignore"):  # infinities and NaN are among them, but never looked up
+        return np.asarray(np.square(_errors(codes.view(dtype).astype(np.float64), factor, _named(target))))
+
+
 class _Factor:
     """One matrix and what multiplying it costs, relative to its norm (squared).
 
@@ -66,38 +85,39 @@ class _Factor:
         self.dtype = dtype
         self.same = values.dtype == dtype
         self._size = max(1, values.size)
+        self._source = values.dtype
         self._peak = peak(values)
         self._sample = _sample(values)
         self._weight = values.size / max(1, self._sample.size)
-        self._values, self._counts = self._population(values, reach + 1)
+        self._small = self._population(magnitudes(values), reach + 1)
         self._norm = float(np.square(self._sample).sum()) * self._weight
         if not self._norm:
-            self._norm = float((np.square(self._values) * self._counts).sum())
+            self._norm = float(np.square(self._small.view(self._source).astype(np.float64)).sum())
 
     def levels(self) -> tuple[float, float]:
         """The norm per element in smallest normal numbers of the dtype, and the peak in largest numbers."""
         limits = _finfo(self.dtype)
         return math.sqrt(self._norm / self._size) / float(limits.tiny), self._peak / float(limits.max)
 
-    def _population(self, values: Array, exponents: int) -> tuple[Array, Array]:
-        """The values that a power of two can round, with how often they occur.
+    def _population(self, bits: Array, exponents: int) -> Array:
+        """The magnitudes, as bits, that a power of two can round.
 
-        Within one dtype these are the magnitudes below the `exponents` smallest binades. Where the dtype changes,
-        every value is rounded: all codes of a short dtype, else a sample.
+        Within one dtype these are the `exponents` smallest binades. Where the dtype changes, every value is rounded.
         """
-        dtype = values.dtype
-        if not self.same and dtype.itemsize > 2:
-            return self._sample, np.full(self._sample.size, self._weight)
-        bits = magnitudes(values)
-        if self.same and dtype.itemsize > 1:
-            bits = bits[bits < (exponents << _finfo(dtype).nmant)]
-        if dtype.itemsize > 2:
-            codes, counts = np.unique(bits, return_counts=True)
-        else:
-            histogram = np.bincount(bits, minlength=1)
-            codes = np.flatnonzero(histogram)
-            counts = histogram[codes]
-        return codes.astype(bits.dtype).view(dtype).astype(np.float64), counts.astype(np.float64)
+        if self.same and self._source.itemsize > 1:
+            return np.asarray(bits[bits < (exponents << _finfo(self._source).nmant)])
+        return bits
+
+    def _squared_error(self, factor: float) -> float:
+        """By what the values differ after being multiplied and stored, seen before the multiplication."""
+        if abs(math.frexp(factor)[0]) == 0.5:
+            if self._source.itemsize <= 2:
+                errors = _squared_errors(self._source.name, self.dtype.name, abs(factor))
+                return float(errors.take(self._small).sum())
+            if self.same:
+                small = self._small.view(self._source).astype(np.float64)
+                return float(np.square(_errors(small, factor, self.dtype)).sum())
+        return float(np.square(_errors(self._sample, factor, self.dtype)).sum()) * self._weight
 
     def cost(self, factor: float) -> float:
         """Squared relative rounding error of the matrix times `factor`; infinite if a value overflows."""
@@ -107,11 +127,7 @@ class _Factor:
             return math.inf
         if not self._norm:
             return 0.0
-        mantissa, _ = math.frexp(factor)
-        exactly = abs(mantissa) == 0.5
-        values, counts = (self._values, self._counts) if exactly else (self._sample, self._weight)
-        errors = _stored(values * factor, self.dtype) / factor - values
-        return float((np.square(errors) * counts).sum()) / self._norm
+        return self._squared_error(factor) / self._norm
 
 
 def _inside(exponent: int) -> list[int]:
@@ -186,12 +202,6 @@ def _table(source: str, target: str, factor: float) -> Array:
     return _multiplied(values, factor, _named(target)).view(BITS[_named(target).itemsize])
 
 
-def _named(name: str) -> DType:
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
 def _multiplied(values: Array, factor: float, dtype: DType) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray((values.astype(np.float64) * factor).astype(dtype))
@@ -207,4 +217,4 @@ def rescaled(values: Array, factor: float, dtype: DType) -> Array:
     if values.dtype.itemsize != 2 or values.size < _TABLE_FROM:
         return _multiplied(values, factor, dtype)
     table = _table(values.dtype.name, dtype.name, factor)
-    return np.asarray(table[values.view(np.uint16)].view(dtype))
+    return np.asarray(table.take(values.view(np.uint16)).view(dtype))

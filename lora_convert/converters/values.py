@@ -23,8 +23,12 @@ def magnitudes(values: Array) -> Array:
 
 def peak(values: Array) -> float:
     """The largest magnitude; infinite or NaN if a value is."""
-    largest = magnitudes(values).max(initial=0)
-    return float(np.array(largest).view(values.dtype)[()])
+    bits = values.reshape(-1).view(BITS[values.dtype.itemsize])
+    sign = 1 << (8 * bits.itemsize - 1)
+    # as signed integers the positive floats win, as unsigned ones the negative floats: two passes, nothing copied
+    positive = int(bits.view(f"i{bits.itemsize}").max(initial=0))
+    negative = int(bits.max(initial=0)) & (sign - 1)
+    return float(np.array(max(positive, negative), bits.dtype).view(values.dtype)[()])
 
 
 def is_finite(values: Array) -> bool:

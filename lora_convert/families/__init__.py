@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 
 from lora_convert.families.table import Module, parse_table
@@ -66,7 +66,7 @@ class Family:
 
 @cache
 def _table(component: str, table: str) -> tuple[Module, ...]:
-    text = resources.files(__name__).joinpath(f"{table}.txt").read_text(encoding="utf-8")
+    text = Path(__file__).with_name(f"{table}.txt").read_text(encoding="utf-8")
     return parse_table(component, text)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lora_convert.families import FAMILIES, Component, Family, Module
-from lora_convert.inspect.spelling import PREFIXES, Naming
+from lora_convert.inspect.spelling import BARE, PREFIXES, Naming, Prefix
 
 __all__ = ["Naming", "Place", "places", "walk_order"]
 
@@ -57,11 +57,14 @@ def _family_index(family: str, component: str, separator: str) -> Mapping[str, P
     return _index(part, separator) if part else {}
 
 
+def _prefixes(name: str) -> Sequence[Prefix]:
+    """The rows that can apply to a name: those it starts with, or the one without a prefix if there are none."""
+    return [prefix for prefix in PREFIXES if name.startswith(prefix.text)] or [BARE]
+
+
 def places(family: Family, name: str) -> Iterator[Place]:
     """All meanings that a module part (a tensor name without its parameter suffix) has in a family."""
-    for prefix in PREFIXES:
-        if not name.startswith(prefix.text):
-            continue
+    for prefix in _prefixes(name):
         rest = name[len(prefix.text) :]
         for component in family.components:
             if component.name not in prefix.components or (prefix.tables and component.table not in prefix.tables):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["PREFIXES", "SUFFIXES", "Naming", "Prefix", "Suffix", "split_suffix"]
+__all__ = ["BARE", "PREFIXES", "SUFFIXES", "Naming", "Prefix", "Suffix", "split_suffix"]
 
 Naming = Literal["diffusers", "original"]
 
@@ -72,9 +72,11 @@ PREFIXES: tuple[Prefix, ...] = (
     *_clip("clip_l", "clip_l"),
     *_clip("clip_g", "openclip_bigg"),
     *_clip("clip_h", "openclip_h"),
-    Prefix("", ANY, ".", {"diffusers": "diffusers", "original": "original"}),
 )
 """Every row is tried, and the lookup decides: `unet.` begins both canonical and OMI names."""
+
+BARE = Prefix("", ANY, ".", {"diffusers": "diffusers", "original": "original"})
+"""For names that start with none of them."""
 
 
 @dataclass(frozen=True, slots=True)
