@@ -199,7 +199,7 @@ def convert(
     force: bool,
     no_validate: bool,
 ) -> int:
-    """Convert LoRA files, and prove that the results do the same thing.
+    """Convert LoRA files, and prove the results.
 
     \b
     Examples:
@@ -269,7 +269,9 @@ def validate(
     as_json: bool,
     fail_on: str,
 ) -> int:
-    """Check a LoRA file: its structure, its numbers, and that it does what its source does.
+    """Check a LoRA file, alone or against its source.
+
+    Looks at its structure, its numbers, and the weight change of every module.
 
     \b
     Examples:
@@ -291,7 +293,7 @@ def validate(
 @cli.command()
 @_JSON
 def families(as_json: bool) -> int:
-    """List the base model families and how many modules of each can be adapted."""
+    """List the base models that are known."""
     for family in FAMILIES.values():
         counts = {component.name: len(component.modules) for component in family.components}
         parts = ", ".join(f"{name} {number}" for name, number in counts.items())
@@ -315,7 +317,10 @@ def families(as_json: bool) -> int:
     help="Where to put the demo's files.",
 )
 def demo(out: Path) -> int:
-    """Convert a real Kohya file that comes with the package, and show what was found, done and proved."""
+    """Convert a real file, and show what was proved.
+
+    The file comes with the package; what is found, done and proved is told step by step.
+    """
     from lora_convert.cli.demo import run_demo
 
     return run_demo(out)

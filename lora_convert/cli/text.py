@@ -77,7 +77,8 @@ def _module_line(entry: Mapping[str, Any]) -> str:
 def detection_lines(detection: Detection, modules: bool = False) -> Iterator[str]:
     """What `inspect` prints of one file; with `modules` also a line for each of them."""
     yield click.style(printable(detection.file), bold=True)
-    yield f"  {_what(detection)}"
+    if detection.kind != "unknown" or detection.ok:
+        yield f"  {_what(detection)}"
     if detection.payload:
         parts = ", ".join(f"{name} {number}" for name, number in detection.components.items())
         yield _row("modules", f"{len(detection.payload)} ({parts})")

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from lora_convert.containers.dtypes import BITS
 from lora_convert.errors import FileError
-from lora_convert.report import Finding, printable, shown
+from lora_convert.report import Finding, counted, printable, shown
 
 __all__ = ["MAX_HEADER", "MAX_HEADER_LIMIT", "Header", "Span", "TensorInfo", "parse_header"]
 
@@ -160,7 +160,7 @@ def _is_unsigned(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**64
 
 
-def _wrong_fields(dtype: object, shape: object, offsets: object, data_size: int) -> str | None:
+def _wrong_fields(dtype: object, shape: object, offsets: object) -> str | None:
     """What is wrong with the three fields of an entry, as a sentence; None if nothing is."""
     if not isinstance(dtype, str) or dtype not in BITS:
         return f"its dtype {shown(str(dtype))!r} is not one that the format defines."
@@ -171,8 +171,6 @@ def _wrong_fields(dtype: object, shape: object, offsets: object, data_size: int)
     start, end = offsets
     if end < start:
         return f"its bytes end ({end}) before they begin ({start})."
-    if end > data_size:
-        return f"its bytes end at {end}, but the file holds only {data_size} bytes of data."
     return _wrong_size(dtype, shape, end - start)
 
 
@@ -188,14 +186,14 @@ def _wrong_size(dtype: str, shape: list[int], given: int) -> str | None:
     return None
 
 
-def _check_entry(name: str, entry: object, data_size: int) -> tuple[TensorInfo | None, list[Finding]]:
+def _check_entry(name: str, entry: object) -> tuple[TensorInfo | None, list[Finding]]:
     """One tensor's entry as TensorInfo with offsets relative to the data, or the findings that say what is wrong."""
     if not isinstance(entry, dict):
         return None, [_malformed(name, f"its header entry is {_json_type(entry)}, not an object.")]
     missing = sorted(_FIELDS - entry.keys())
     if missing:
         return None, [_malformed(name, f"its header entry lacks {', '.join(missing)}.")]
-    wrong = _wrong_fields(entry["dtype"], entry["shape"], entry["data_offsets"], data_size)
+    wrong = _wrong_fields(entry["dtype"], entry["shape"], entry["data_offsets"])
     if wrong:
         return None, [_malformed(name, wrong)]
     findings = [
@@ -206,13 +204,14 @@ def _check_entry(name: str, entry: object, data_size: int) -> tuple[TensorInfo |
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], data_size: int, complete: bool) -> list[Finding]:
-    """Findings for gaps and overlaps: the tensors must tile the data exactly.
+    """Findings for gaps, overlaps and a cut: the tensors must tile the data exactly.
 
     Where the tensors are not `complete`, because entries could not be read, gaps mean nothing.
     """
     findings = []
     position, before = 0, "the header"
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].where.start, item[1].where.end)):
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].where.start, item[1].where.end))
+    for name, tensor in ordered:
         start, end = tensor.where.start, tensor.where.end
         if start > position and complete:
             findings.append(_malformed(name, f"{start - position} unused bytes lie between {shown(before)} and it."))
@@ -221,6 +220,10 @@ def _check_layout(tensors: Mapping[str, TensorInfo], data_size: int, complete: b
             findings.append(_malformed(name, message))
         if end >= position:
             position, before = end, name
+    cut = [name for name, tensor in ordered if tensor.where.end > data_size]
+    if cut:
+        message = f"the file ends before it does: {position:,} bytes of data are announced, {data_size:,} are there"
+        findings.append(_malformed(cut[0], f"{message}, and {counted(len(cut), 'tensor')} lack some or all of theirs."))
     if position < data_size and complete:
         message = f"{data_size - position} bytes follow {shown(before)}, the last tensor; the format allows none."
         findings.append(_malformed("", message))
@@ -290,7 +293,7 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
     tensors = {}
     complete = not broken
     for name, entry in content.items():
-        tensor, said = _check_entry(name, entry, data_size)
+        tensor, said = _check_entry(name, entry)
         if tensor is None:
             complete = False
             broken += said
