@@ -90,7 +90,11 @@ def entry(dtype: str = '"F32"', shape: str = "[2]", offsets: str = "[0,8]", more
         (entry(dtype='"F4"', shape="[15]"), "a", "F4 of shape [15] takes 7.5 bytes, but it is given 8"),
         (entry(offsets="[-0,8]"), "a", "its data_offsets [-0.0, 8] are not two whole numbers"),
         (entry(offsets="[8,0]"), "a", "its bytes end (0) before they begin (8)"),
-        (entry(shape="[4]", offsets="[0,16]"), "a", "16 bytes of data are announced, 8 are there, and 1 tensor"),
+        (
+            entry(shape="[4]", offsets="[0,16]"),
+            "a",
+            "16 bytes of data are announced, 8 are there; cut short or missing: 1 tensor",
+        ),
         (entry(shape="[1]", offsets="[4,8]"), "a", "4 unused bytes lie between the header and it"),
         (entry(shape="[1]", offsets="[0,4]"), "", "4 bytes follow a, the last tensor"),
         (f'{{{A},"b":{{"dtype":"U8","shape":[2],"data_offsets":[4,6]}}}}', "b", "begin at 4, inside those of a"),

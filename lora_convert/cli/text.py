@@ -108,7 +108,13 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if plan.ok:
         for step in plan.steps:
             names = ", ".join(module.name for module in step.source.modules)
-            done = "copied" if step.copies else f"times {step.fold:g}"
+            done = (
+                "copied"
+                if step.copies
+                else f"times {step.fold:g}, as {step.outputs[0][0].dtype}"
+                if step.outputs
+                else ""
+            )
             yield f"  {names}  rank {step.source.rank}, {done}" if step.outputs else f"  {names}  left out (rank 0)"
         copied = sum(step.copies for step in plan.steps)
         yield f"  would write {plan.file_name}: {len(plan.tensors)} tensors, {size(plan.bytes)}"

@@ -223,7 +223,7 @@ def _check_layout(tensors: Mapping[str, TensorInfo], data_size: int, complete: b
     cut = [name for name, tensor in ordered if tensor.where.end > data_size]
     if cut:
         message = f"the file ends before it does: {position:,} bytes of data are announced, {data_size:,} are there"
-        findings.append(_malformed(cut[0], f"{message}, and {counted(len(cut), 'tensor')} lack some or all of theirs."))
+        findings.append(_malformed(cut[0], f"{message}; cut short or missing: {counted(len(cut), 'tensor')}."))
     if position < data_size and complete:
         message = f"{data_size - position} bytes follow {shown(before)}, the last tensor; the format allows none."
         findings.append(_malformed("", message))

@@ -71,7 +71,7 @@ class OutputTensor:
 class Step:
     """What becomes of the tensors of one adapted module.
 
-    `fold` is the factor that goes into the matrices; `alpha` is what the layout states beside them (header or tensor).
+    `fold` is the factor that goes into the matrices, `retyped` says that they change their dtype; `alpha` is what the layout states beside them (header or tensor).
     `outputs` has, for every target module in order, its tensors; none if the module changes nothing (rank 0).
     """
 
@@ -79,11 +79,13 @@ class Step:
     fold: float
     alpha: float
     outputs: tuple[tuple[OutputTensor, ...], ...]
+    retyped: bool = False
 
     @property
     def copies(self) -> bool:
         """Whether the matrices are written byte for byte."""
-        return self.fold == 1.0 and "mid" not in self.source.tensors and len(self.source.modules) == 1
+        whole = "mid" not in self.source.tensors and len(self.source.modules) == 1
+        return whole and self.fold == 1.0 and not self.retyped
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,13 @@ def _step(
     fold, alpha = (scale, float(rank)) if mode == "fold" else (1.0, scale * rank)
     if mode == "header" and module.alpha is not None and module.scale == module.alpha / rank:
         alpha = module.alpha  # not scale * rank, which may differ in the last bit
-    return Step(module, fold, alpha, tuple(_outputs(module, rank, alpha, names, header, dtype)))
+    outputs = tuple(_outputs(module, rank, alpha, names, header, dtype))
+    retyped = any(
+        tensor.dtype != header.tensors[module.tensors[tensor.role]].dtype
+        for tensor in outputs[0]
+        if tensor.role != "alpha"
+    )
+    return Step(module, fold, alpha, outputs, retyped)
 
 
 def _rank(module: AdaptedModule, header: Header) -> int:

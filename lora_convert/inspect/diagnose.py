@@ -1,0 +1,167 @@
+"""What is wrong or odd with a file whose family is known, as findings that name the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+
+from lora_convert.containers import Header
+from lora_convert.containers.dtypes import WEIGHTS
+from lora_convert.families import Family
+from lora_convert.inspect import shapes
+from lora_convert.inspect.config import AdapterConfig
+from lora_convert.inspect.detection import AdaptedModule
+from lora_convert.inspect.match import Group, Match, shapes_of
+from lora_convert.report import Finding, shown
+
+__all__ = [
+    "alpha_findings",
+    "dtype_findings",
+    "duplicate_findings",
+    "misfit_findings",
+    "partner_findings",
+    "unexplained_findings",
+    "unknown_alpha",
+    "variant_findings",
+]
+
+_MOST_FINDINGS = 20
+
+
+_PARTS = {"down": "down (A)", "up": "up (B)"}
+
+
+def capped(findings: list[Finding], what: str) -> list[Finding]:
+    """At most `_MOST_FINDINGS`, the last one counting the others."""
+    more = len(findings) - _MOST_FINDINGS
+    if more <= 0:
+        return findings
+    last = findings[-1]
+    return [*findings[:_MOST_FINDINGS], Finding(last.name, last.severity, "", f"{more} more {what}.", last.fix)]
+
+
+def unexplained_findings(names: Sequence[str], family: Family) -> list[Finding]:
+    """Findings for tensors that belong to no module or parameter of the family."""
+    message = f"No module or parameter of {family.title} has this name."
+    fix = "Is it misspelt, or made for another base model? --skip PATTERN leaves tensors out."
+    return capped(
+        [Finding("unexplained-tensor", "error", name, message, fix) for name in names], "tensors are unexplained"
+    )
+
+
+def misfit_findings(groups: Mapping[str, Group], match: Match, header: Header) -> list[Finding]:
+    """Findings for tensors whose names are known and whose shapes do not fit the module."""
+    findings = []
+    for name, place in match.misfits.items():
+        group, sizes = groups[name], shapes_of(groups[name], header)
+        module = place.modules[-1]
+        fix = "The file is damaged, or was made for another base model."
+        wrong = []
+        if {"down", "up"} <= sizes.keys() and group.algorithm(header) in ("lora", "lora+dora"):
+            wrong = [(group.tensors[part], said) for part, said in shapes.lora_misfits(sizes, place.rows, module)]
+        elif not {"down", "up"} & sizes.keys():
+            size = "x".join(map(str, module.shape))
+            wrong = [(next(iter(group.tensors.values())), f"its shapes do not make a weight of {size}")]
+        findings += [
+            Finding("shape-misfit", "error", tensor, f"It does not fit {module.name}: {said}.", fix)
+            for tensor, said in wrong
+        ]
+    return capped(findings, "tensors do not fit their modules")
+
+
+def partner_findings(groups: Mapping[str, Group]) -> list[Finding]:
+    """Findings for LoRA halves without the other half, alphas without matrices and parameters given twice."""
+    findings = []
+    fix = "The file was cut or merged wrongly. --skip PATTERN leaves tensors out."
+    for group in groups.values():
+        present = next(iter(group.tensors.values()))
+        lacking = [part for part in ("down", "up") if part not in group.tensors]
+        if "lora" in group.algorithms and lacking and not (group.algorithms & {"full"} and len(lacking) == 2):
+            message = f"The module has no {_PARTS[lacking[0]]} matrix beside it."
+            findings.append(Finding("missing-partner", "error", present, message, fix))
+        elif not group.algorithms or group.algorithms == {"dora"}:
+            message = "There are no matrices that it could belong to."
+            findings.append(Finding("missing-partner", "error", present, message, fix))
+        for first, second in group.doubles:
+            message = f"{shown(first)} gives the same parameter of the same module."
+            findings.append(Finding("duplicate-module", "error", second, message, "Leave one out with --skip."))
+    return capped(findings, "tensors lack their partner")
+
+
+def duplicate_findings(match: Match, groups: Mapping[str, Group]) -> list[Finding]:
+    """Findings for modules that are given under two names."""
+    seen: dict[str, str] = {}
+    findings = []
+    for name, place in {**match.fitted, **match.misfits}.items():
+        for module in place.modules:
+            other = seen.setdefault(module.name, name)
+            if other != name:
+                first, second = (next(iter(groups[part].tensors.values())) for part in (other, name))
+                message = f"{module.name} is changed by it and by {shown(first)}: two names of one module."
+                fix = "Readers would take one of them or both; leave one out with --skip."
+                findings.append(Finding("duplicate-module", "error", second, message, fix))
+    return capped(findings, "modules are given twice")
+
+
+def variant_findings(match: Match) -> list[Finding]:
+    """Findings for a first convolution that only a variant of the base model has."""
+    return [
+        Finding(
+            "base-variant",
+            "warning",
+            name,
+            f"conv_in takes {match.fitted[name].modules[0].shape[1]} channels, as {variant} models do.",
+            f"It loads only on such a variant of {match.family.title}.",
+        )
+        for name, variant in match.variants.items()
+    ]
+
+
+def dtype_findings(header: Header, names: Iterable[str]) -> list[Finding]:
+    """Findings for matrices stored as something else than floats."""
+    return [
+        Finding("unsupported-kind", "error", name, f"Its dtype {header.tensors[name].dtype} is not one for weights.")
+        for name in names
+        if header.tensors[name].dtype not in WEIGHTS
+    ]
+
+
+def alpha_findings(payload: Sequence[AdaptedModule], metadata: Mapping[str, str]) -> list[Finding]:
+    """Findings for alphas that are no numbers, unusual, or understood differently by trainer and readers."""
+    findings = []
+    for module in payload:
+        tensor = module.tensors.get("alpha", "")
+        if not module.algorithm.startswith("lora") or module.alpha is None:
+            continue
+        if not isfinite(module.alpha):
+            message = f"alpha is {module.alpha:g}, so the strength of {module.modules[0].name} is unknown."
+            fix = "Leave it out with --skip (the scale is then 1), or ask the author for a sound file."
+            findings.append(Finding("not-finite", "error", tensor or module.modules[0].name, message, fix))
+        elif module.alpha <= 0:
+            effect = "switches the module off" if module.alpha == 0 else "turns the module's effect around"
+            message = f"alpha is {module.alpha:g}, which {effect}; kept as it is."
+            findings.append(Finding("odd-alpha", "warning", tensor or module.modules[0].name, message))
+    findings = capped(findings, "alphas are unusual")
+    if '"algo": "dylora"' in metadata.get("ss_network_args", "") and "lycoris" in metadata.get("ss_network_module", ""):
+        message = (
+            "LyCORIS' DyLoRA trains with alpha/block_count, but every reader applies alpha/rank; "
+            "the readers' scale is what users saw and is kept."
+        )
+        findings.append(Finding("alpha-convention", "note", "", message))
+    return findings
+
+
+def unknown_alpha(payload: Sequence[AdaptedModule], configs: Mapping[str, AdapterConfig]) -> list[Finding]:
+    """A finding if the file's spelling keeps the scale elsewhere and it is not there."""
+    spellings = {module.spelling for module in payload}
+    if configs or any("alpha" in module.tensors for module in payload):
+        return []
+    if "peft" in spellings:
+        message = "peft keeps alpha and rs-LoRA in adapter_config.json, which is not here: alpha = rank is assumed."
+        fix = "Put adapter_config.json beside the file or name it with --config."
+        return [Finding("alpha-unknown", "warning", "", message, fix)]
+    modern = any(tensor.endswith("lora_A.weight") for module in payload for tensor in module.tensors.values())
+    if "diffusers" in spellings and modern:
+        message = "The file states no alpha; as every reader does, alpha = rank is assumed."
+        return [Finding("alpha-unknown", "note", "", message)]
+    return []
