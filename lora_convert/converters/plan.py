@@ -71,8 +71,9 @@ class OutputTensor:
 class Step:
     """What becomes of the tensors of one adapted module.
 
-    `fold` is the factor that goes into the matrices, `retyped` says that they change their dtype; `alpha` is what the layout states beside them (header or tensor).
-    `outputs` has, for every target module in order, its tensors; none if the module changes nothing (rank 0).
+    `fold` is the factor that goes into the matrices, `retyped` says that they change their dtype; `alpha` is what the
+    layout states beside them (header or tensor). `outputs` has, for every target module in order, its tensors; none if
+    the module changes nothing (rank 0).
     """
 
     source: AdaptedModule
