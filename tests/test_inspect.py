@@ -9,6 +9,8 @@ import pytest
 from conftest import FIXTURES, LORA, lora, manifest, names_of, trainer_name
 
 import lora_convert
+from lora_convert.families import FAMILIES
+from lora_convert.inspect.spelling import PREFIXES
 
 ALGORITHMS = {
     "a_sdxl_lokr": {"lokr": 16},
@@ -319,3 +321,11 @@ def test_thelastben_is_told_by_its_alpha(write):
 
 def test_fixtures_stay_small():
     assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) <= 10_000_000
+
+
+def test_no_module_name_begins_like_a_prefix():
+    """Names without a prefix are looked up only if no prefix fits."""
+    prefixes = tuple(prefix.text for prefix in PREFIXES)
+    for family in FAMILIES.values():
+        for module in family.modules.values():
+            assert not f"{module.path}.".startswith(prefixes) and not f"{module.original}.".startswith(prefixes)

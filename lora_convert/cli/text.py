@@ -14,7 +14,7 @@ from lora_convert.report import Finding, printable, shown
 
 if TYPE_CHECKING:
     from lora_convert.converters.convert import ConvertResult, ValidateResult
-    from lora_convert.converters.plan import Plan
+    from lora_convert.converters.plan import Plan, Step
 
 __all__ = ["conversion_lines", "detection_lines", "finding_lines", "plan_lines", "size", "validation_lines"]
 
@@ -102,20 +102,19 @@ def detection_lines(detection: Detection, modules: bool = False) -> Iterator[str
     yield from finding_lines(detection.findings)
 
 
+def _step_line(step: Step) -> str:
+    names = " + ".join(module.name for module in step.source.modules)
+    if not step.outputs:
+        return f"  {names}  left out (rank 0)"
+    done = "copied" if step.copies else f"times {step.fold:g}, as {step.outputs[0][0].dtype}"
+    return f"  {names}  rank {step.source.rank}, {done}"
+
+
 def plan_lines(plan: Plan) -> Iterator[str]:
     """What `convert --dry-run` prints of one file."""
     yield click.style(printable(plan.file), bold=True) + f"  {_what(plan.detection)}"
     if plan.ok:
-        for step in plan.steps:
-            names = ", ".join(module.name for module in step.source.modules)
-            done = (
-                "copied"
-                if step.copies
-                else f"times {step.fold:g}, as {step.outputs[0][0].dtype}"
-                if step.outputs
-                else ""
-            )
-            yield f"  {names}  rank {step.source.rank}, {done}" if step.outputs else f"  {names}  left out (rank 0)"
+        yield from map(_step_line, plan.steps)
         copied = sum(step.copies for step in plan.steps)
         yield f"  would write {plan.file_name}: {len(plan.tensors)} tensors, {size(plan.bytes)}"
         yield f"  {len(plan.steps)} modules, {copied} of them copied byte for byte"

@@ -257,7 +257,8 @@ def _without(source: Source, patterns: Sequence[str]) -> Source:
         f"{len(dropped)} of {len(header.tensors)} tensors ({lost:,} bytes) were left out as asked: {listed(dropped)}."
     )
     said = Finding("skipped", "warning", "", message)
-    kept = {name: tensor for name, tensor in header.tensors.items() if name not in set(dropped)}
+    left_out = set(dropped)
+    kept = {name: tensor for name, tensor in header.tensors.items() if name not in left_out}
     return Source(replace(header, tensors=kept, findings=(*header.findings, said)), source.reader, remote=source.remote)
 
 

@@ -124,7 +124,7 @@ def _converted(values: Array, factor: float, tensor: OutputTensor, noticed: Exec
             message = f"times {factor:g} its values do not fit {tensor.dtype}."
             fix = "Write a wider dtype (--dtype fp32), or keep the scale in the header (--alpha header)."
             noticed.findings.append(Finding("overflow", "error", tensor.name, message, fix))
-        shrinks = 0.0 < abs(factor) < 1.0 or dtype != values.dtype
+        shrinks = factor and (abs(factor) < 1.0 or dtype != values.dtype)
         lost = count_zeros(converted) - count_zeros(values) if shrinks else 0
         if lost > 0:
             noticed.underflows[tensor.name] = lost

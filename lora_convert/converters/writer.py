@@ -76,16 +76,21 @@ def _remove_litter(target: Path) -> None:
                 path.unlink()
 
 
-def _create(temporary: Path) -> BinaryIO:
-    """Create a temporary file and take its lock. Raises UsageError, in a sentence, if that is not possible."""
+def _create(target: Path, cleanup: contextlib.ExitStack) -> tuple[Path, BinaryIO]:
+    """A temporary file beside the target, with its lock. Raises UsageError, in a sentence, if none can be made.
+
+    That it vanishes is arranged before it exists, so that an interrupt at any moment leaves nothing.
+    """
     try:
         while True:
-            file = temporary.open("wb+")
+            temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+            cleanup.callback(temporary.unlink, missing_ok=True)
+            file = cleanup.enter_context(temporary.open("xb+"))
             if _lock(file) is not False and temporary.exists():
-                return file
+                return temporary, file
             file.close()  # before it was locked another process took it for litter
     except OSError as error:
-        where = shown(str(temporary.parent))
+        where = shown(str(target.parent))
         raise UsageError(f"nothing can be written to {where}: {error.strerror}") from None
 
 
@@ -119,16 +124,12 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     """
     make_folder(target.parent)
     _remove_litter(target)
-    temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
-    try:  # before the file exists, so that an interrupt at any moment finds the way to the clean-up
-        with _create(temporary) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if os.name == "nt":  # open files cannot be renamed there; elsewhere the lock is kept until it is done
-                file.close()
-            temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with contextlib.ExitStack() as cleanup:
+        temporary, file = _create(target, cleanup)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        if os.name == "nt":  # open files cannot be renamed there; elsewhere the lock is kept until it is done
+            file.close()
+        temporary.replace(target)
     _flush_folder(target.parent)
