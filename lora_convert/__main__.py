@@ -1,8 +1,6 @@
 """`python -m lora_convert`."""
 
-import sys
-
-from lora_convert.cli import run
+from lora_convert.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run())
+    main()

@@ -6,19 +6,24 @@ not run, 130 interrupted. With `--json` standard output has JSON alone, one obje
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+import lora_convert
 from lora_convert._version import __version__
 from lora_convert.containers.header import MAX_HEADER, MAX_HEADER_LIMIT
 from lora_convert.errors import LoraConvertError, UsageError
 from lora_convert.families import FAMILIES
 from lora_convert.report import Finding, printable, severest, shown, to_json
+
+if TYPE_CHECKING:
+    from lora_convert.converters.convert import ValidateResult
 
 __all__ = ["cli", "run"]
 
@@ -258,10 +263,16 @@ def _dry_run(files: tuple[str, ...], max_header: int, as_json: bool, fail_on: st
 @click.option(
     "--against", metavar="SOURCE", help="The file it was converted from: compares every module's weight change."
 )
+@click.option(
+    "--load",
+    is_flag=True,
+    help="Also load it with diffusers into the real architecture, without weights (needs lora-convert[runtime]).",
+)
 @_READING
 def validate(
     file: str,
     against: str | None,
+    load: bool,
     family: str | None,
     config: Path | None,
     skip: tuple[str, ...],
@@ -276,18 +287,25 @@ def validate(
     \b
     Examples:
       lora-convert validate out/pytorch_lora_weights.safetensors
-      lora-convert validate out/pytorch_lora_weights.safetensors --against style.safetensors
+      lora-convert validate out/pytorch_lora_weights.safetensors --against style.safetensors --load
     """
     from lora_convert.cli.progress import progress_bar
     from lora_convert.cli.text import validation_lines
-    from lora_convert.converters.convert import validate as validate_file
 
+    check: Callable[..., ValidateResult] = _loading_check() if load else lora_convert.validate
     with progress_bar(not as_json) as progress:
-        result = validate_file(
-            file, against, family=family, config=config, skip=skip, max_header=max_header, progress=progress
-        )
+        result = check(file, against, family=family, config=config, skip=skip, max_header=max_header, progress=progress)
     _say(as_json, result.as_dict(), validation_lines(result))
     return _exit_status(result.findings, fail_on) if result.ok else 1
+
+
+def _loading_check() -> Callable[..., ValidateResult]:
+    try:
+        from lora_convert.runtime.climb import climb
+    except ModuleNotFoundError as error:
+        said = f"--load needs {error.name}, which is not installed"
+        raise UsageError(f'{said}; install it with: pip install "lora-convert[runtime]"') from None
+    return climb
 
 
 @cli.command()
@@ -357,4 +375,7 @@ def _failed(sentence: str, status: int) -> int:
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no `→` shall see an escape, not a crash
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from lora_convert._version import __version__
 from lora_convert.containers import MAX_HEADER, Source, Target, name_of, opened
@@ -24,6 +24,8 @@ from lora_convert.hashes import sha256_of
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import Detection
 from lora_convert.report import SCHEMA, Finding, listed, severest, shown
+
+_T = TypeVar("_T", bound=Target)
 
 __all__ = ["ConvertResult", "OutputRecord", "Progress", "ValidateResult", "convert", "plan", "validate"]
 
@@ -118,7 +120,7 @@ class ConvertResult:
         }
 
 
-def _local(target: Target, progress: Progress | None) -> Target:
+def local_path(target: _T, progress: Progress | None = None) -> _T | Path:
     """The target, or for an address on a hub the cached download of it: matrices are not read over the network."""
     if not (isinstance(target, str) and target.startswith("hf://")):
         return target
@@ -184,7 +186,7 @@ def convert(
     """
     asked = _options(options)
     try:
-        with opened(_local(target, progress), max_header, asked.skip) as source:
+        with opened(local_path(target, progress), max_header, asked.skip) as source:
             planned = _planned(source, asked)
             if planned.ok:
                 path = output_path(planned, Path(out))
@@ -319,11 +321,11 @@ def validate(
     source out. A bad file gives a result with status `fail`, or with `strict` raises FileError.
     """
     try:
-        with opened(_local(out, progress), max_header) as output:
+        with opened(local_path(out, progress), max_header) as output:
             if against is None:
                 result = _verdict_alone(output, family, config)
             else:
-                with opened(_local(against, progress), max_header, skip) as source:
+                with opened(local_path(against, progress), max_header, skip) as source:
                     truth = detect(source, family=family, config=config)
                     result = _against(output, name_of(out), source, truth, progress, family)
     except FileError as error:

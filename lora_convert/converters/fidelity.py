@@ -227,7 +227,8 @@ def check_deltas(
     """ΔW of every module of the output against the source's, in relative Frobenius norm; the worst are named."""
     foreign = {m.algorithm for m in (*found.payload, *truth.payload)} - ALGORITHMS.keys()
     if foreign:
-        return Rung("skipped", f"{', '.join(sorted(foreign))} cannot be compared by this version")
+        message = f"The weight changes of {', '.join(sorted(foreign))} cannot be compared by this version."
+        return Rung("fail", findings=(Finding("unsupported-kind", "error", "", message),))
     ours, theirs = _by_target(found), _by_target(truth)
     theirs = {name: place for name, place in theirs.items() if name in ours or not _changes_nothing(place)}
     findings = _missing(list(theirs), list(ours), "of the source are not in the output")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from lora_convert.converters.adapters import Lora
 from lora_convert.errors import LoraConvertError, Unrepresentable
 from lora_convert.families import FAMILIES
 from lora_convert.runtime.architectures import PIPELINES, build_component, canonical_prefix
@@ -35,29 +36,46 @@ class LoadingError(LoraConvertError):
 class LoadedAdapter:
     """What the loader made of a file.
 
-    `deltas` has every module that the loader adapted, by canonical name (`unet.conv_in`): its ΔW, float32, of the
-    base weight's shape, computed anew at each look-up. `warnings` are the loader's, in the order in which it gave them.
+    `adapters` has the factors of every module that the loader adapted, by canonical name (`unet.conv_in`), float32,
+    read anew at each look-up; `deltas` the same as ΔW, float32, of the base weight's shape. `warnings` are the
+    loader's, in the order in which it gave them.
     """
 
     family: str
+    adapters: Mapping[str, Lora]
     deltas: Mapping[str, torch.Tensor]
     warnings: tuple[str, ...]
 
 
-class _Deltas(Mapping[str, torch.Tensor]):
+class _Adapters(Mapping[str, Lora]):
     def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
         self._layers = layers
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Lora:
         down, up, scaling = _factors(self._layers[name])
-        delta = scaling * (up.float().flatten(1) @ down.float().flatten(1))
-        return delta.reshape(up.shape[0], *down.shape[1:])
+        return Lora(
+            down.float().flatten(1).numpy(), up.float().flatten(1).numpy(), None, scaling, tuple(down.shape[2:])
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
 
     def __len__(self) -> int:
         return len(self._layers)
+
+
+class _Deltas(Mapping[str, torch.Tensor]):
+    def __init__(self, adapters: Mapping[str, Lora]) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self._adapters[name].deltas()["weight"]).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
 
 
 def _factors(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -76,18 +94,19 @@ def load_adapter(path: Path, family: str) -> LoadedAdapter:
     OSError or safetensors' SafetensorError for a file that cannot be read.
     """
     dtypes = _component_dtypes(path)
-    components = {component.name: build_component(family, component.name) for component in FAMILIES[family].components}
-    for name, model in components.items():
-        if name in dtypes:
-            _allocate_nothing(model, dtypes[name])
-    pipeline = _pipeline(family, components)
     with _collected_warnings() as messages:
+        components = {part.name: build_component(family, part.name) for part in FAMILIES[family].components}
+        for name, model in components.items():
+            if name in dtypes:
+                _allocate_nothing(model, dtypes[name])
+        pipeline = _pipeline(family, components)
+        messages.clear()  # what importing the libraries says is not about this file
         try:
             pipeline.load_lora_weights(str(path), use_safetensors=True, local_files_only=True)
         except Exception as error:
             raise LoadingError(f"{type(error).__name__}: {error}") from error
     layers = dict(_adapted(components))
-    return LoadedAdapter(family, _Deltas(layers), tuple(messages))
+    return LoadedAdapter(family, _Adapters(layers), _Deltas(_Adapters(layers)), tuple(messages))
 
 
 def _component_dtypes(path: Path) -> dict[str, torch.dtype]:
