@@ -490,3 +490,16 @@ def test_validate_finds_what_is_wrong(write, tmp_path):
     assert lora_convert.validate(good, against=source).ok
     alone = lora_convert.validate(good)
     assert alone.ok and alone.rungs["delta"].status == "skipped"
+
+
+def test_skipping_in_our_own_output_leaves_the_tensors_out(write, tmp_path):
+    first = converted(write(lora(K, 320, 768) | lora(V, 320, 768)), tmp_path / "a.safetensors")
+    again = converted(first.outputs[0].path, tmp_path / "b.safetensors", skip="*to_v*")
+    assert {name.split(".")[-3] for name in read_all(again.outputs[0].path)} == {"to_k"}
+    with pytest.raises(lora_convert.UsageError):
+        lora_convert.plan(first.outputs[0].path, skip="nothing")
+
+
+def test_a_config_may_be_named_by_text():
+    config = str(LORA / "p_sd15_lora.adapter_config.json")
+    assert lora_convert.plan(LORA / "p_sd15_lora.safetensors", config=config).ok

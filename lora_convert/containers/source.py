@@ -247,6 +247,8 @@ def _without(source: Source, patterns: Sequence[str]) -> Source:
     """The source without the tensors that the patterns name, and with a finding that says so."""
     if not patterns:
         return source
+    if isinstance(patterns, str):
+        patterns = (patterns,)
     header = source.header
     dropped = [name for name in header.tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     unused = [pattern for pattern in patterns if not fnmatch.filter(header.tensors, pattern)]

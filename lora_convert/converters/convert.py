@@ -130,7 +130,8 @@ def local_path(target: _T, progress: Progress | None = None) -> _T | Path:
 
 
 def _options(options: Mapping[str, Any]) -> Options:
-    return Options(**{**options, "skip": tuple(options.get("skip", ()))}).checked()
+    skip = options.get("skip", ())
+    return Options(**{**options, "skip": (skip,) if isinstance(skip, str) else tuple(skip)}).checked()
 
 
 def _planned(source: Source, options: Options) -> Plan:
@@ -264,7 +265,8 @@ def _is_own_output(planned: Plan, source: Source) -> bool:
     if f"{PROVENANCE}version" not in metadata or metadata.get("lora_adapter_metadata") != planned.adapter_metadata:
         return False
     tensors = source.header.tensors
-    return len(tensors) == len(planned.tensors) and all(
+    whole = source.header.data_start + planned.bytes == source.reader.size  # nothing was left out by --skip
+    return whole and all(
         tensor.name in tensors
         and tensors[tensor.name].dtype == tensor.dtype
         and tensors[tensor.name].shape == tensor.shape
@@ -309,7 +311,7 @@ def validate(
     against: Target | None = None,
     *,
     family: str | None = None,
-    config: Path | None = None,
+    config: str | Path | None = None,
     max_header: int = MAX_HEADER,
     skip: Sequence[str] = (),
     progress: Progress | None = None,
@@ -345,7 +347,7 @@ def _against(
     return _prove(output, name, source, truth, progress, family)
 
 
-def _verdict_alone(output: Source, family: str | None, config: Path | None) -> ValidateResult:
+def _verdict_alone(output: Source, family: str | None, config: str | Path | None) -> ValidateResult:
     found = detect(output, family=family, config=config)
     rungs = {"structure": check_structure(found)}
     if rungs["structure"].status == "pass":

@@ -36,7 +36,7 @@ class Options:
     family: str | None = None
     alpha: AlphaMode | None = None
     dtype: str | None = None
-    config: Path | None = None
+    config: str | Path | None = None
     skip: tuple[str, ...] = ()
 
     def checked(self) -> Options:

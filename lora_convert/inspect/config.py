@@ -102,8 +102,9 @@ def from_metadata(metadata: Mapping[str, str]) -> Mapping[str, AdapterConfig]:
     return {component: _from_fields("lora_adapter_metadata", fields) for component, fields in parts.items()}
 
 
-def parse_config(path: Path) -> AdapterConfig:
+def parse_config(path: str | Path) -> AdapterConfig:
     """Read a peft `adapter_config.json`. Raises FileError (`unreadable-config`) if it cannot be used."""
+    path = Path(path)
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise _refuse(str(path), f"It is larger than {_MOST_BYTES:,} bytes.")

@@ -47,7 +47,7 @@ def _read_alphas(source: Source, groups: Mapping[str, Group]) -> tuple[dict[str,
     return values, findings
 
 
-def _configs(source: Source, spellings: set[str], config: Path | None) -> Mapping[str, AdapterConfig]:
+def _configs(source: Source, spellings: set[str], config: str | Path | None) -> Mapping[str, AdapterConfig]:
     """Configurations by component: from `--config`, from beside a peft file, from the header."""
     if config is not None:
         given = parse_config(config)
@@ -132,7 +132,7 @@ def _no_family(source: Source, groups: Mapping[str, Group], choice: Choice, base
 
 
 def detect(
-    source: Source, *, family: str | None = None, config: Path | None = None, read_alphas: bool = True
+    source: Source, *, family: str | None = None, config: str | Path | None = None, read_alphas: bool = True
 ) -> Detection:
     """Say what a weight file is, from its header and, unless `read_alphas` is False, the bytes of its scalars.
 
@@ -169,7 +169,7 @@ def _explained(
     strays: Sequence[str],
     choice: Choice,
     base: Detection,
-    config: Path | None,
+    config: str | Path | None,
     read_alphas: bool,
 ) -> Detection:
     """The detection of a file whose family is known: payload, trainer, and everything that is wrong with it."""

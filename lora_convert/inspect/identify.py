@@ -18,7 +18,7 @@ def identify(
     target: Target,
     *,
     family: str | None = None,
-    config: Path | None = None,
+    config: str | Path | None = None,
     alphas: bool | None = None,
     hashes: bool = False,
     max_header: int = MAX_HEADER,
