@@ -51,6 +51,7 @@ FINDINGS: Mapping[str, str] = {
     # what was done
     "skipped": "tensors were left out because the user asked for it",
     "not-for-comfyui": "ComfyUI does not read this layout",
+    "not-for-a1111": "A1111 and Forge do not read all of it",
     "module-not-loaded": "a module of the file did not arrive in the model",
     "delta-mismatch": "the output does not change the weights as the source does",
 }

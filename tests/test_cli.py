@@ -99,7 +99,7 @@ def test_refusal_in_text(call, tmp_path):
 
 def test_dry_run_writes_nothing(call, tmp_path):
     status, out, _ = call("convert", FILE, "--dry-run", "-o", tmp_path / "o")
-    assert status == 0 and "would write pytorch_lora_weights.safetensors: 24 tensors" in out
+    assert status == 0 and f"would write {tmp_path / 'o' / 'pytorch_lora_weights.safetensors'}: 24 tensors" in out
     assert not (tmp_path / "o").exists()
     assert json.loads(call("convert", FILE, "--dry-run", "--json")[1])["status"] == "planned"
 
@@ -110,7 +110,7 @@ def test_dry_run_writes_nothing(call, tmp_path):
         (["convert", FILE], "-o"),
         (["convert", FILE, FILE, "-o", "x"], "two of the files"),
         (["convert", FILE, LOKR, "-o", "x.safetensors"], "cannot all become"),
-        (["convert", FILE, "-o", FILE], "is the input"),
+        (["convert", FILE, "-o", FILE], "is an input"),
         (["convert", FILE, "--to", "peftt", "-o", "x"], "Invalid value"),
         (["convert", FILE, "--to", "kohya", "--alpha", "fold", "-o", "x"], "--alpha fold"),
         (["convert", FILE, "--skip", "nothing", "-o", "x"], "matches no tensor"),
@@ -228,3 +228,70 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path, write):
     left = [path.name for path in (tmp_path / "o").glob("*")] if (tmp_path / "o").exists() else []
     assert (process.returncode, left) in ((130, []), (0, ["pytorch_lora_weights.safetensors"]))
     assert "Traceback" not in err
+
+
+def test_an_input_is_never_an_output(call, tmp_path):
+    source = tmp_path / "a.safetensors"
+    source.write_bytes((LORA / "k_sd15_dylora.safetensors").read_bytes())
+    before = source.read_bytes()
+    for out in (f"{tmp_path}/new/../a.safetensors", f"{tmp_path}/./a.safetensors"):
+        assert call("convert", source, "-o", out, "--force")[0] == 2
+    assert source.read_bytes() == before and not (tmp_path / "new").exists()
+    assert call("convert", source, "-o", tmp_path / "ov" / "a")[0] == 0
+    second = tmp_path / "ov" / "a" / "pytorch_lora_weights.safetensors"
+    kept = second.read_bytes()
+    assert call("convert", source, second, "-o", tmp_path / "ov", "--force")[0] == 2
+    assert second.read_bytes() == kept
+
+
+def test_names_never_leave_the_output_folder(call, tmp_path):
+    for name in ("...safetensors", "b.safetensors"):
+        (tmp_path / name).write_bytes((LORA / "k_sd15_dylora.safetensors").read_bytes())
+    status, _, err = call(
+        "convert", tmp_path / "...safetensors", tmp_path / "b.safetensors", "-o", tmp_path / "in" / "er"
+    )
+    assert status == 2 and "gives no name" in err and not (tmp_path / "in").exists()
+
+
+def test_wrong_use_with_one_file_does_not_stop_the_others(call, tmp_path):
+    assert call("convert", FILE, LOKR, "-o", tmp_path)[0] == 1
+    other = str(LORA / "k_sd15_dylora.safetensors")
+    status, out, err = call("convert", FILE, other, "-o", tmp_path, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 2 and "exists" in err
+    assert [record["status"] for record in records] == ["refused", "converted"] and "exists" in records[0]["error"]
+
+
+@pytest.mark.parametrize("arguments", [["-o", "x"], ["--dry-run"]])
+def test_skipping_everything_is_an_error(call, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call("convert", FILE, "--skip", "*", *arguments)
+    assert status == 1 and "--skip leaves no tensor" in out and not list(tmp_path.iterdir())
+
+
+def test_nothing_written_leaves_no_folder(call, tmp_path, write):
+    tensors = lora(K, 320, 768)
+    tensors[f"{K}.lora_up.weight"][0, 0] = np.nan
+    assert call("convert", write(tensors), "-o", tmp_path / "a" / "b")[0] == 1
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_large_header_stays_convertible(call, tmp_path, write):
+    path = write(lora(K, 320, 768, alpha=1), {"note": "x" * 13_000_000})
+    assert call("convert", path, "-o", tmp_path / "o")[0] == 1
+    assert call("convert", path, "-o", tmp_path / "o", "--max-header", "100000000")[0] == 0
+
+
+def test_validate_says_which_file_is_wrong(call):
+    record = json.loads(call("validate", FILE, "--against", "/nonexistent.safetensors", "--json")[1])
+    assert record["against"] == "/nonexistent.safetensors"
+    assert record["findings"][0]["message"].startswith("(in the source)")
+    assert call("validate", LOKR, "--against", LOKR)[0] == 1
+    assert call("validate", FILE, "--skip", "*")[0] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_config_that_is_a_pipe_is_not_waited_for(call, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    status = call("inspect", LORA / "p_sd15_lora.safetensors", "--config", tmp_path / "pipe")[0]
+    assert status in (1, 2)

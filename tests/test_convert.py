@@ -456,7 +456,7 @@ def test_outputs_are_never_overwritten_by_surprise(tmp_path):
     with pytest.raises(lora_convert.UsageError, match="--force"):
         lora_convert.convert(source, tmp_path)
     converted(source, tmp_path, force=True)
-    with pytest.raises(lora_convert.UsageError, match="is the input"):
+    with pytest.raises(lora_convert.UsageError, match="is an input"):
         lora_convert.convert(source, source, force=True)
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(lora_convert.UsageError, match="folder"):

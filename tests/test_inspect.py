@@ -329,3 +329,54 @@ def test_no_module_name_begins_like_a_prefix():
     for family in FAMILIES.values():
         for module in family.modules.values():
             assert not f"{module.path}.".startswith(prefixes) and not f"{module.original}.".startswith(prefixes)
+
+
+def test_a_header_without_component_names_applies_to_all(write):
+    """diffusers' `model.save_lora_adapter` writes names and header without a component."""
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = {f"{name}.lora_A.weight": np.ones((4, 768), "f4"), f"{name}.lora_B.weight": np.ones((320, 4), "f4")}
+    header = {"r": 4, "lora_alpha": 16, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    found = lora_convert.identify(write(factors, {"lora_adapter_metadata": json.dumps(header)}))
+    assert (found.ok, found.payload[0].scale, found.findings) == (True, 4.0, ())
+    lost = lora_convert.identify(write(factors, {"lora_adapter_metadata": json.dumps({"other.r": 4})}, name="other"))
+    assert names_of(lost.findings) == {"alpha-unknown"}
+
+
+def test_text_encoders_do_not_make_another_base_sdxl(write):
+    tensors = {}
+    for number in range(3):
+        tensors |= lora(f"lora_unet_joint_blocks_{number}_x_block_attn_qkv", 64, 64)
+    for number in range(12):
+        tensors |= lora(f"lora_te1_text_model_encoder_layers_{number}_self_attn_q_proj", 768, 768)
+        tensors |= lora(f"lora_te2_text_model_encoder_layers_{number}_self_attn_q_proj", 1280, 1280)
+    found = lora_convert.identify(write(tensors))
+    assert found.family is None and "Stable Diffusion 3" in found.findings[-1].message
+
+
+def test_metadata_decides_before_stored_dimensions(write):
+    """Self-attention and 1x1 convolutions saved as matrices look like SD 2.x; the metadata knows better."""
+    tensors = lora(UNET + Q, 320, 320) | lora("lora_unet_down_blocks_0_attentions_0_proj_in", 320, 320)
+    assert lora_convert.identify(write(tensors, {"ss_base_model_version": "sd_v1"})).family == "sd15"
+    plain = lora_convert.identify(write(tensors, name="plain"))
+    assert plain.family == "sd21" and any("stored as those of sd21" in sentence for sentence in plain.evidence)
+
+
+def test_our_output_does_not_invent_a_trainer(write, tmp_path):
+    path = write(lora(f"{UNET}attn2_to_k", 320, 768, alpha=1))
+    assert lora_convert.identify(path).trainer is None
+    output = lora_convert.convert(path, tmp_path / "o.safetensors").outputs[0].path
+    assert lora_convert.identify(output).trainer is None
+
+
+def test_known_companions_of_a_lora_are_named(write):
+    tensors = lora(f"{UNET}attn2_to_k", 320, 768) | {"bundle_emb.x.string_to_param.*": np.ones((2, 768), "f4")}
+    (finding,) = lora_convert.identify(write(tensors)).findings
+    assert "textual-inversion" in finding.message and "--skip 'bundle_emb.*'" in finding.fix
+
+
+def test_dora_lost_on_the_way_is_said(write):
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = {f"{name}.lora_A.weight": np.ones((4, 768), "f4"), f"{name}.lora_B.weight": np.ones((320, 4), "f4")}
+    header = {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_dora": True, "unet.target_modules": ["to_k"]}
+    found = lora_convert.identify(write(factors, {"lora_adapter_metadata": json.dumps(header)}))
+    assert [(f.name, f.severity) for f in found.findings] == [("missing-partner", "warning")]

@@ -20,7 +20,7 @@ from lora_convert._version import __version__
 from lora_convert.containers.header import MAX_HEADER, MAX_HEADER_LIMIT
 from lora_convert.errors import LoraConvertError, UsageError
 from lora_convert.families import FAMILIES
-from lora_convert.report import Finding, printable, severest, shown, to_json
+from lora_convert.report import SCHEMA, Finding, printable, severest, shown, to_json
 
 if TYPE_CHECKING:
     from lora_convert.converters.convert import ValidateResult
@@ -92,6 +92,32 @@ def _say(as_json: bool, content: dict[str, Any], lines: Iterable[str]) -> None:
             click.echo(line)
 
 
+_Outcome = tuple[bool, Sequence[Finding], dict[str, Any], Iterable[str]]
+"""Whether it went well, what there is to say, and the same as JSON and as text."""
+
+
+def _each(
+    files: Sequence[str],
+    targets: Sequence[Any],
+    as_json: bool,
+    fail_on: str,
+    one: Callable[[str, Any], _Outcome],
+) -> int:
+    """Do something with every file and say what came of it; a wrong use with one file does not stop the others."""
+    status = 0
+    for file, target in zip(files, targets, strict=True):
+        try:
+            ok, findings, content, lines = one(file, target)
+        except UsageError as error:
+            if as_json:
+                click.echo(to_json({"schema": SCHEMA, "file": file, "status": "refused", "error": str(error)}))
+            status = max(status, _failed(str(error), 2))
+            continue
+        _say(as_json, content, lines)
+        status = max(status, _exit_status(findings, fail_on) if ok else 1)
+    return status
+
+
 def _exit_status(findings: Sequence[Finding], fail_on: str) -> int:
     worst = severest(findings)
     return 1 if worst == "error" or (worst == "warning" and fail_on == "warning") else 0
@@ -130,30 +156,26 @@ def inspect(
     from lora_convert.cli.text import detection_lines
     from lora_convert.inspect.identify import identify
 
-    status = 0
-    for file in files:
-        found = identify(
-            file,
-            family=family,
-            config=config,
-            skip=skip,
-            max_header=max_header,
-            hashes=hashes,
-            alphas=True if alphas else None,
-        )
+    options: dict[str, Any] = {"family": family, "config": config, "skip": skip, "max_header": max_header}
+
+    def one(file: str, _: None) -> _Outcome:
+        found = identify(file, hashes=hashes, alphas=alphas or None, **options)
         content = found.as_dict() | ({"module_list": found.module_list()} if modules else {})
-        _say(as_json, content, detection_lines(found, modules))
-        status = max(status, _exit_status(found.findings, fail_on))
-    return status
+        return found.ok, found.findings, content, detection_lines(found, modules)
+
+    return _each(files, [None] * len(files), as_json, fail_on, one)
 
 
-def _outputs(files: tuple[str, ...], out: Path) -> list[Path]:
+def _outputs(files: tuple[str, ...], out: Path | None) -> Sequence[Path | None]:
     """Where each input's output goes: `out` for one file, `out/<stem>/` for several."""
-    if len(files) == 1:
-        return [out]
+    if len(files) == 1 or out is None:
+        return [out] * len(files)
     if out.suffix == ".safetensors":
         raise UsageError(f"{len(files)} files cannot all become {shown(str(out))}; name a folder with -o")
     stems = [Path(file).stem for file in files]
+    nameless = next((file for file, stem in zip(files, stems, strict=True) if stem in ("", ".", "..")), None)
+    if nameless is not None:
+        raise UsageError(f"{shown(nameless)} gives no name for a folder; convert it alone")
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
         raise UsageError(f"two of the files are called {shown(twice)}; convert them into separate folders")
@@ -213,49 +235,26 @@ def convert(
       lora-convert convert out/pytorch_lora_weights.safetensors --to kohya -o style.safetensors
       lora-convert convert style.safetensors --dry-run
     """
-    options: dict[str, Any] = {
-        "to": to,
-        "alpha": alpha,
-        "dtype": dtype,
-        "family": family,
-        "config": config,
-        "skip": skip,
-    }
-    if dry_run:
-        return _dry_run(files, max_header, as_json, fail_on, options)
-    if out is None:
+    if out is None and not dry_run:
         raise UsageError("name the output with -o: a folder, or a file ending in .safetensors")
     from lora_convert.cli.progress import progress_bar
-    from lora_convert.cli.text import conversion_lines
-    from lora_convert.converters.convert import convert as convert_file
+    from lora_convert.cli.text import conversion_lines, plan_lines
+    from lora_convert.converters.plan import Options
 
-    status = 0
-    for file, target in zip(files, _outputs(files, out), strict=True):
+    options: dict[str, Any] = {"to": to, "alpha": alpha, "dtype": dtype, "family": family, "config": config}
+    Options(**options).checked()
+
+    def one(file: str, target: Path | None) -> _Outcome:
+        others = [other for other in files if other != file]
+        call: dict[str, Any] = {"force": force, "beside": others, "max_header": max_header, "skip": skip, **options}
+        if target is None or dry_run:
+            planned = lora_convert.plan(file, target, **call)
+            return planned.ok, planned.findings, planned.as_dict(), plan_lines(planned)
         with progress_bar(not as_json) as progress:
-            result = convert_file(
-                file,
-                target,
-                force=force,
-                validated=not no_validate,
-                max_header=max_header,
-                progress=progress,
-                **options,
-            )
-        _say(as_json, result.as_dict(), conversion_lines(result))
-        status = max(status, _exit_status(result.findings, fail_on))
-    return status
+            result = lora_convert.convert(file, target, validated=not no_validate, progress=progress, **call)
+        return result.ok, result.findings, result.as_dict(), conversion_lines(result)
 
-
-def _dry_run(files: tuple[str, ...], max_header: int, as_json: bool, fail_on: str, options: dict[str, Any]) -> int:
-    from lora_convert.cli.text import plan_lines
-    from lora_convert.converters.convert import plan
-
-    status = 0
-    for file in files:
-        planned = plan(file, max_header=max_header, **options)
-        _say(as_json, planned.as_dict(), plan_lines(planned))
-        status = max(status, _exit_status(planned.findings, fail_on))
-    return status
+    return _each(files, _outputs(files, out), as_json, fail_on, one)
 
 
 @cli.command()
@@ -293,6 +292,8 @@ def validate(
     from lora_convert.cli.text import validation_lines
 
     check: Callable[..., ValidateResult] = _loading_check() if load else lora_convert.validate
+    if skip and against is None:
+        raise UsageError("--skip leaves out tensors of the source; name that with --against")
     with progress_bar(not as_json) as progress:
         result = check(file, against, family=family, config=config, skip=skip, max_header=max_header, progress=progress)
     _say(as_json, result.as_dict(), validation_lines(result))
@@ -375,6 +376,8 @@ def _failed(sentence: str, status: int) -> int:
 
 def main() -> None:
     """The console script."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        cli.context_settings["color"] = False
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no `→` shall see an escape, not a crash
             stream.reconfigure(errors="backslashreplace")

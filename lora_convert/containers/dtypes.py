@@ -83,4 +83,6 @@ def to_scalar(data: bytes, dtype: str) -> float:
         return float(struct.unpack("<f", b"\0\0" + data)[0])
     if dtype in _STRUCT:
         return float(struct.unpack(_STRUCT[dtype], data)[0])
+    if dtype == "C64":
+        raise KeyError(dtype)
     return float(to_array(data, dtype, ())[()])

@@ -162,7 +162,7 @@ def _refuse_other_content(first: bytes) -> None:
     text = first.lstrip(b"\xef\xbb\xbf \t\r\n")
     for signature, what, fix in _SIGNATURES:
         if text.startswith(signature):
-            raise FileError([Finding("not-weights", "error", "", f"The content is {what}, not safetensors.", fix)])
+            raise FileError([Finding("not-weights", "error", "", f"This is not safetensors but {what}.", fix)])
 
 
 def read_header(reader: Reader, path: str, max_header: int = MAX_HEADER) -> Header:
@@ -258,10 +258,14 @@ def _without(source: Source, patterns: Sequence[str]) -> Source:
     message = (
         f"{len(dropped)} of {len(header.tensors)} tensors ({lost:,} bytes) were left out as asked: {listed(dropped)}."
     )
-    said = Finding("skipped", "warning", "", message)
+    said = [Finding("skipped", "warning", "", message)]
+    if len(dropped) == len(header.tensors):
+        said.append(Finding("empty-file", "error", "", "--skip leaves no tensor."))
     left_out = set(dropped)
     kept = {name: tensor for name, tensor in header.tensors.items() if name not in left_out}
-    return Source(replace(header, tensors=kept, findings=(*header.findings, said)), source.reader, remote=source.remote)
+    return Source(
+        replace(header, tensors=kept, findings=(*header.findings, *said)), source.reader, remote=source.remote
+    )
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from lora_convert._version import __version__
 from lora_convert.containers import MAX_HEADER, Source, Target, name_of, opened
+from lora_convert.containers.header import MAX_HEADER_LIMIT
 from lora_convert.containers.source import FileReader, chunks_of, open_path, read_header
 from lora_convert.converters.execute import execute
 from lora_convert.converters.fidelity import Rung, check_deltas, check_numbers, check_structure
@@ -130,6 +131,9 @@ def local_path(target: _T, progress: Progress | None = None) -> _T | Path:
 
 
 def _options(options: Mapping[str, Any]) -> Options:
+    unknown = options.keys() - {field.name for field in fields(Options)}
+    if unknown:
+        raise UsageError(f"there is no option {sorted(unknown)[0]!r}")
     skip = options.get("skip", ())
     return Options(**{**options, "skip": (skip,) if isinstance(skip, str) else tuple(skip)}).checked()
 
@@ -138,12 +142,27 @@ def _planned(source: Source, options: Options) -> Plan:
     return make_plan(source.header, detect(source, family=options.family, config=options.config), options)
 
 
-def plan(target: Target, *, max_header: int = MAX_HEADER, strict: bool = False, **options: Any) -> Plan:
-    """What `convert` would do, without reading a matrix. Options as for `convert`."""
+def plan(
+    target: Target,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    beside: Sequence[Target] = (),
+    max_header: int = MAX_HEADER,
+    strict: bool = False,
+    **options: Any,
+) -> Plan:
+    """What `convert` would do, without reading a matrix. Arguments as for `convert`; without `out` only the name of
+    the output is planned.
+    """
     asked = _options(options)
     try:
         with opened(target, max_header, asked.skip) as source:
             planned = _planned(source, asked)
+            if planned.ok and out is not None:
+                path = output_path(planned, Path(out))
+                refuse_overwrite([target, *beside], path, force)
+                planned = replace(planned, file_name=str(path))
     except FileError as error:
         broken = Detection(name_of(target), "unknown", findings=error.findings)
         planned = Plan(name_of(target), "failed", broken, findings=error.findings)
@@ -153,17 +172,20 @@ def plan(target: Target, *, max_header: int = MAX_HEADER, strict: bool = False, 
 
 def output_path(planned: Plan, out: Path) -> Path:
     """Where the output goes: `out` itself if it names a safetensors file, else the layout's name inside it."""
-    return out if out.suffix == ".safetensors" else out / planned.file_name
+    path = out if out.suffix == ".safetensors" else out / planned.file_name
+    return Path(os.path.realpath(path)) if ".." in path.parts else path  # `new/..` is another place once `new` is made
 
 
-def _refuse_overwrite(target: Target, path: Path, force: bool) -> None:
-    if not isinstance(target, bytes | bytearray | memoryview):
-        source = Path(name_of(target))
-        if path.exists() and source.exists() and path.samefile(source):
-            raise UsageError(f"the output {shown(str(path))} is the input; name another with -o")
+def refuse_overwrite(inputs: Sequence[Target], path: Path, force: bool) -> None:
+    """Raise UsageError if writing to `path` would replace an input, a folder, or without `force` any file."""
+    for target in inputs:
+        if isinstance(target, str | os.PathLike) or hasattr(target, "name"):
+            source = Path(name_of(target))
+            if path.exists() and source.exists() and path.samefile(source):
+                raise UsageError(f"the output {shown(str(path))} is an input; name another with -o")
     if path.is_dir():
         raise UsageError(f"the output {shown(str(path))} is a folder")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise UsageError(f"the output {shown(str(path))} exists; --force replaces it")
 
 
@@ -173,6 +195,7 @@ def convert(
     *,
     force: bool = False,
     validated: bool = True,
+    beside: Sequence[Target] = (),
     max_header: int = MAX_HEADER,
     progress: Progress | None = None,
     strict: bool = False,
@@ -182,8 +205,9 @@ def convert(
 
     `out` is a file name ending in `.safetensors`, or a folder. Options: `to` (`diffusers`, `kohya`, `comfy`), `family`,
     `alpha` (`fold`, `header`), `dtype` (`fp16`, `bf16`, `fp32`), `config`, `skip` (patterns of tensor names).
-    `validated=False` leaves the proof out. A bad file gives findings and writes nothing, or with `strict` raises
-    FileError; a wrong call (the output exists, an unknown option) raises UsageError.
+    `validated=False` leaves the proof out; `beside` are other inputs, which the output must not replace. A bad file
+    gives findings and writes nothing, or with `strict` raises FileError; a wrong call (the output exists, an unknown
+    option) raises UsageError.
     """
     asked = _options(options)
     try:
@@ -191,7 +215,7 @@ def convert(
             planned = _planned(source, asked)
             if planned.ok:
                 path = output_path(planned, Path(out))
-                _refuse_overwrite(target, path, force)
+                refuse_overwrite([target, *beside], path, force)
                 result = _write(source, planned, path, validated, progress)
             else:
                 status: Literal["refused", "failed"] = "refused" if planned.status == "refused" else "failed"
@@ -247,7 +271,7 @@ def _write(source: Source, planned: Plan, path: Path, validated: bool, progress:
             reader = opened_files.enter_context(contextlib.closing(FileReader(open_path(Path(file.name)), owned=True)))
             sha256 = beside.submit(sha256_of, chunks_of(reader))
             if validated:
-                output = Source(read_header(reader, str(path)), reader)
+                output = Source(read_header(reader, str(path), MAX_HEADER_LIMIT), reader)
                 proof = _prove(output, str(path), source, planned.detection, progress)
                 findings += [finding for finding in proof.findings if finding.severity == "error"]
                 if not proof.ok:
@@ -327,9 +351,7 @@ def validate(
             if against is None:
                 result = _verdict_alone(output, family, config)
             else:
-                with opened(local_path(against, progress), max_header, skip) as source:
-                    truth = detect(source, family=family, config=config)
-                    result = _against(output, name_of(out), source, truth, progress, family)
+                result = _against(output, name_of(out), against, progress, family, config, max_header, skip)
     except FileError as error:
         broken = Rung("fail", "the file cannot be read", findings=error.findings)
         result = ValidateResult(name_of(out), None, "fail", None, {"structure": broken}, error.findings)
@@ -338,13 +360,27 @@ def validate(
 
 
 def _against(
-    output: Source, name: str, source: Source, truth: Detection, progress: Progress | None, family: str | None
+    output: Source,
+    name: str,
+    against: Target,
+    progress: Progress | None,
+    family: str | None,
+    config: str | Path | None,
+    max_header: int,
+    skip: Sequence[str],
 ) -> ValidateResult:
-    if truth.family is None or not truth.ok:
-        reason = "the source itself is not sound"
-        findings = tuple(replace(finding, message=f"(in the source) {finding.message}") for finding in truth.findings)
-        return ValidateResult(name, truth.file, "fail", None, {"structure": Rung("fail", reason)}, findings)
-    return _prove(output, name, source, truth, progress, family)
+    """The proof against a source; what is wrong with that itself is said to be its."""
+    try:
+        with opened(local_path(against, progress), max_header, skip) as source:
+            truth = detect(source, family=family, config=config)
+            if truth.family is not None and truth.ok:
+                return _prove(output, name, source, truth, progress, family)
+            said = truth.findings
+    except FileError as error:
+        said = error.findings
+    findings = tuple(replace(finding, message=f"(in the source) {finding.message}") for finding in said)
+    rungs = {"structure": Rung("fail", "the source itself is not sound")}
+    return ValidateResult(name, name_of(against), "fail", None, rungs, findings)
 
 
 def _verdict_alone(output: Source, family: str | None, config: str | Path | None) -> ValidateResult:

@@ -39,6 +39,7 @@ class Execution:
     rounding: dict[str, float] = field(default_factory=dict)
     underflows: dict[str, int] = field(default_factory=dict)
     idle: list[str] = field(default_factory=list)
+    folded: bool = False
 
     def closing_findings(self) -> list[Finding]:
         """Findings that sum up over the modules."""
@@ -48,11 +49,10 @@ class Execution:
             findings.append(Finding(self.findings[-1].name, "error", "", f"{more} more tensors have such values."))
         if self.rounding:
             worst = max(self.rounding, key=self.rounding.__getitem__)
-            message = (
-                f"Folding the scale rounded the matrices of {len(self.rounding)} modules; "
-                f"relative error at most {self.rounding[worst]:.1e} (estimated)."
-            )
-            fix = "--alpha header keeps the matrices as they are (read by diffusers 0.34 and later)."
+            modules = counted(len(self.rounding), "module")
+            message = f"The matrices of {modules} were rounded, by at most {self.rounding[worst]:.1e} (estimated): "
+            message += "the scale was folded into them." if self.folded else "their dtype became narrower."
+            fix = "--alpha header keeps matrices as they are (read by diffusers 0.34 and later)." if self.folded else ""
             findings.append(Finding("alpha-rounded", "note", worst, message, fix))
         if self.underflows:
             worst = max(self.underflows, key=self.underflows.__getitem__)
@@ -102,6 +102,7 @@ def run_step(step: Step, source: Source, noticed: Execution) -> Iterator[tuple[O
     split = _split(step, plain, step.outputs[0])
     if split.error > 0.0:
         noticed.rounding[name] = split.error
+        noticed.folded |= step.fold != 1.0
     first_row = 0
     for target, group in zip(step.source.modules, step.outputs, strict=True):
         rows = plain.rows(first_row, first_row + target.shape[0])
@@ -122,7 +123,7 @@ def _converted(values: Array, factor: float, tensor: OutputTensor, noticed: Exec
         grows = abs(factor) > 1.0 or dtype != values.dtype
         if grows and not is_finite(converted):
             message = f"times {factor:g} its values do not fit {tensor.dtype}."
-            fix = "Write a wider dtype (--dtype fp32), or keep the scale in the header (--alpha header)."
+            fix = "A wider dtype (--dtype fp32) may hold them; --alpha header keeps the scale out of the matrices."
             noticed.findings.append(Finding("overflow", "error", tensor.name, message, fix))
         shrinks = factor and (abs(factor) < 1.0 or dtype != values.dtype)
         lost = count_zeros(converted) - count_zeros(values) if shrinks else 0

@@ -189,7 +189,8 @@ def _matrices(source: Source, module: AdaptedModule) -> dict[str, Array]:
 def _new_zeros(matrices: Mapping[str, Array], source: Source, place: tuple[AdaptedModule, int, int]) -> int:
     """Values that are zero in the output and were not in the source, for matrices that correspond one to one."""
     before = _matrices(source, place[0])
-    pairs = [(matrices[part], before[part]) for part in ("down", "up") if before.keys() == matrices.keys()]
+    both = matrices.keys() & before.keys() & {"down", "up"} if matrices.keys() == before.keys() else ()
+    pairs = [(matrices[part], before[part]) for part in both]
     return sum(max(0, count_zeros(ours) - count_zeros(theirs)) for ours, theirs in pairs if ours.size == theirs.size)
 
 

@@ -121,7 +121,8 @@ def _needs_linear_layer(component: str, modules: Sequence[Module]) -> bool:
 class Kohya:
     """Kohya's layout: `lora_unet_…lora_down.weight`, `lora_up.weight`, `alpha`; SGM names for SDXL's UNet.
 
-    A1111, Forge and ComfyUI find every one of these names.
+    ComfyUI finds every one of these names; A1111 and Forge have none for the text projection, nor for the text encoder
+    of the SDXL refiner.
     """
 
     folds: ClassVar[bool] = False
@@ -139,7 +140,8 @@ class Kohya:
             component = family.component(module.component)
             assert component is not None
             path = module.original if family.sgm_names and module.component == "unet" else module.path
-            stem = component.kohya_prefix + path.replace(".", "_")
+            prefix = component.kohya_prefix if path != "text_projection" else "lora_te2_"  # the one ComfyUI knows
+            stem = prefix + path.replace(".", "_")
             names[module] = {role: f"{stem}.{suffix}" for role, suffix in self._SUFFIXES.items()}
         return names
 

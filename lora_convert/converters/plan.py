@@ -12,9 +12,9 @@ from lora_convert.containers.dtypes import nbytes
 from lora_convert.containers.header import Header
 from lora_convert.converters.layout import LAYOUTS, Written
 from lora_convert.errors import UsageError
-from lora_convert.families import FAMILIES, Module
+from lora_convert.families import FAMILIES, Family, Module
 from lora_convert.inspect.detection import AdaptedModule, Detection
-from lora_convert.report import SCHEMA, Finding, severest
+from lora_convert.report import SCHEMA, Finding, listed, severest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,9 +209,12 @@ def _outputs(
 
 def _alpha_dtype(alpha: float, dtype: str) -> str:
     """The matrices' dtype where it holds the alpha exactly, as Kohya saves it; else F32."""
+    import numpy as np
+
     from lora_convert.containers.dtypes import numpy_dtype
 
-    return dtype if float(numpy_dtype(dtype).type(alpha)) == alpha else "F32"
+    with np.errstate(over="ignore"):
+        return dtype if float(numpy_dtype(dtype).type(alpha)) == alpha else "F32"
 
 
 def _step(
@@ -292,6 +295,19 @@ def _comfyui_finding(steps: Sequence[Step]) -> list[Finding]:
     return []
 
 
+def _a1111_finding(steps: Sequence[Step], family: Family) -> list[Finding]:
+    unknown = [
+        module.name
+        for step in steps
+        for module in step.source.modules
+        if module.path == "text_projection" or (family.name == "sdxl-refiner" and module.component != "unet")
+    ]
+    if not unknown:
+        return []
+    message = f"A1111 and Forge have no name for {listed(unknown, 3)} and skip what they do not know; ComfyUI reads it."
+    return [Finding("not-for-a1111", "note", unknown[0], message)]
+
+
 def _refusal(detection: Detection) -> Plan | None:
     """The plan that says why nothing can be planned, or None."""
     if detection.kind != "lora" or detection.family is None:
@@ -323,6 +339,8 @@ def make_plan(header: Header, detection: Detection, options: Options) -> Plan:
     findings = [*detection.findings, *_change_findings(steps, header, options)]
     if options.to == "diffusers":
         findings += _comfyui_finding(steps)
+    else:
+        findings += _a1111_finding(steps, family)
     tensors = _file_order([tensor for step in steps for group in step.outputs for tensor in group])
     if not tensors:
         findings.append(Finding("no-effect", "error", "", "No module is left to write: every rank is 0."))

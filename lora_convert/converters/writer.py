@@ -108,12 +108,23 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
-    """Make the output's folder. Raises UsageError, in a sentence, if that is not possible."""
+def make_folder(folder: Path, cleanup: contextlib.ExitStack) -> None:
+    """Make the output's folder; what was made is removed in the clean-up if it is still empty then.
+
+    Raises UsageError, in a sentence, if that is not possible.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        cleanup.callback(_remove_empty, path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"the folder {shown(str(folder))} cannot be made: {error.strerror}") from None
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -122,9 +133,9 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
     Raises UsageError if the folder cannot be written to; OSError (a full disk) passes through after cleaning up.
     """
-    make_folder(target.parent)
-    _remove_litter(target)
     with contextlib.ExitStack() as cleanup:
+        make_folder(target.parent, cleanup)
+        _remove_litter(target)
         temporary, file = _create(target, cleanup)
         yield file
         file.flush()

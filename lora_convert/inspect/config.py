@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_convert.containers.source import open_path
 from lora_convert.errors import FileError
 from lora_convert.families import Module
 from lora_convert.report import Finding, shown
 
-__all__ = ["AdapterConfig", "find_config", "from_metadata", "parse_config"]
+__all__ = ["COMPONENTS", "AdapterConfig", "find_config", "from_metadata", "parse_config"]
 
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _PLAIN = re.compile(r"[\w.\-]+")
 _MOST_BYTES = 10_000_000
 
@@ -31,6 +33,7 @@ class AdapterConfig:
     alpha: float
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
+    dora: bool = False
 
     def alpha_of(self, module: Module) -> float:
         """The alpha of a module: the first pattern that names it, else the general one (peft's rule)."""
@@ -74,6 +77,7 @@ def _from_fields(subject: str, fields: Mapping[str, Any]) -> AdapterConfig:
         _number(subject, alpha, "lora_alpha"),
         {pattern: _number(subject, value, f"alpha_pattern[{pattern}]") for pattern, value in patterns.items()},
         fields.get("use_rslora") is True,
+        fields.get("use_dora") is True,
     )
 
 
@@ -95,10 +99,14 @@ def from_metadata(metadata: Mapping[str, str]) -> Mapping[str, AdapterConfig]:
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return {}
+    content = _parse_object("lora_adapter_metadata", text)
+    if "lora_alpha" in content or "r" in content:  # diffusers' `model.save_lora_adapter` names no component
+        return dict.fromkeys(COMPONENTS, _from_fields("lora_adapter_metadata", content))
     parts: dict[str, dict[str, Any]] = {}
-    for key, value in _parse_object("lora_adapter_metadata", text).items():
+    for key, value in content.items():
         component, _, name = key.partition(".")
-        parts.setdefault(component, {})[name] = value
+        if component in COMPONENTS:
+            parts.setdefault(component, {})[name] = value
     return {component: _from_fields("lora_adapter_metadata", fields) for component, fields in parts.items()}
 
 
@@ -106,11 +114,15 @@ def parse_config(path: str | Path) -> AdapterConfig:
     """Read a peft `adapter_config.json`. Raises FileError (`unreadable-config`) if it cannot be used."""
     path = Path(path)
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise _refuse(str(path), f"It is larger than {_MOST_BYTES:,} bytes.")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_path(path) as file:
+            data = file.read(_MOST_BYTES + 1)
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise _refuse(str(path), f"It cannot be read: {shown(str(error))}.") from None
+    except FileError as error:
+        raise _refuse(str(path), error.findings[0].message) from None
+    if len(data) > _MOST_BYTES:
+        raise _refuse(str(path), f"It is larger than {_MOST_BYTES:,} bytes.")
     return _from_fields(str(path), _parse_object(str(path), text))
 
 

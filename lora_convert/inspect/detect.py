@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +12,10 @@ from lora_convert.containers import Header, Source
 from lora_convert.errors import FileError, UsageError
 from lora_convert.families import FAMILIES
 from lora_convert.inspect import diagnose, shapes
-from lora_convert.inspect.config import AdapterConfig, find_config, from_metadata, parse_config
+from lora_convert.inspect.config import COMPONENTS, AdapterConfig, find_config, from_metadata, parse_config
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.inspect.facts import training_facts, trigger_words
-from lora_convert.inspect.kinds import OTHER_BASES, other_kind
+from lora_convert.inspect.kinds import names_other_base, other_kind
 from lora_convert.inspect.match import Choice, Group, choose, group_tensors, shapes_of
 from lora_convert.inspect.names import Place
 from lora_convert.inspect.trainers import family_hints, trainer_of
@@ -55,7 +54,7 @@ def _configs(source: Source, spellings: set[str], config: str | Path | None) -> 
         given = parse_config(beside)
     else:
         return from_metadata(source.header.metadata)
-    return dict.fromkeys(("unet", "text_encoder", "text_encoder_2"), given)
+    return dict.fromkeys(COMPONENTS, given)
 
 
 def _beside(source: Source) -> Path | None:
@@ -117,9 +116,7 @@ def _no_family(source: Source, groups: Mapping[str, Group], choice: Choice, base
     other = other_kind(source.header)
     if other is not None:
         return _no_adapter(source, groups, base)
-    known = next(
-        (title for pattern, title in OTHER_BASES.items() if any(re.match(pattern, name) for name in groups)), None
-    )
+    known = next(filter(None, map(names_other_base, groups)), None)
     example = shown(next(iter(groups)))
     message = f"It is an adapter, but its modules ({example}, …) are of no base model that this version knows."
     if known:
@@ -180,12 +177,12 @@ def _explained(
     findings += said
     try:
         spellings = {place.spelling for place in match.fitted.values()} if read_alphas else set()
-        configs = _configs(source, spellings, config)
+        configs: Mapping[str, AdapterConfig] | None = _configs(source, spellings, config)
     except FileError as error:
         findings += error.findings
-        configs = {}
+        configs = None
     payload = tuple(
-        _adapted(groups[name], place, header, values, configs.get(place.modules[0].component))
+        _adapted(groups[name], place, header, values, (configs or {}).get(place.modules[0].component))
         for name, place in match.fitted.items()
         if groups[name].algorithms
     )
@@ -195,7 +192,8 @@ def _explained(
     findings += diagnose.duplicate_findings(match, groups) + diagnose.variant_findings(match)
     used = [t for m in payload for part, t in m.tensors.items() if part not in ("alpha", "scalar", "on_input")]
     findings += diagnose.dtype_findings(header, used) + diagnose.alpha_findings(payload, header.metadata)
-    findings += diagnose.unknown_alpha(payload, configs) if read_alphas else []
+    if read_alphas and configs is not None:
+        findings += diagnose.config_findings(payload, configs)
     trainer = trainer_of(payload, header.metadata)
     evidence = [*choice.evidence, *_spelling_evidence(payload)]
     hints = family_hints(header.metadata)

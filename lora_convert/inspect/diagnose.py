@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 
@@ -16,12 +17,12 @@ from lora_convert.report import Finding, shown
 
 __all__ = [
     "alpha_findings",
+    "config_findings",
     "dtype_findings",
     "duplicate_findings",
     "misfit_findings",
     "partner_findings",
     "unexplained_findings",
-    "unknown_alpha",
     "variant_findings",
 ]
 
@@ -40,13 +41,25 @@ def capped(findings: list[Finding], what: str) -> list[Finding]:
     return [*findings[:_MOST_FINDINGS], Finding(last.name, last.severity, "", f"{more} more {what}.", last.fix)]
 
 
+_COMPANIONS: Mapping[str, tuple[str, str]] = {
+    r"bundle_emb\.": ("It is of a textual-inversion embedding bundled with the LoRA.", "--skip 'bundle_emb.*'"),
+    r"<.+>$": ("It is a textual-inversion embedding saved with the LoRA.", "--skip '<*>'"),
+    r".*position_ids$": ("It is a counter of positions, not a trained weight.", "--skip '*position_ids'"),
+}
+"""Tensors of other kinds that real files carry beside a LoRA: what they are, and how to leave them out."""
+
+
 def unexplained_findings(names: Sequence[str], family: Family) -> list[Finding]:
     """Findings for tensors that belong to no module or parameter of the family."""
-    message = f"No module or parameter of {family.title} has this name."
-    fix = "Is it misspelt, or made for another base model? --skip PATTERN leaves tensors out."
-    return capped(
-        [Finding("unexplained-tensor", "error", name, message, fix) for name in names], "tensors are unexplained"
-    )
+    findings = []
+    for name in names:
+        message = f"No module or parameter of {family.title} has this name."
+        fix = "Is it misspelt, or made for another base model? --skip PATTERN leaves tensors out."
+        for pattern, (what, skip) in _COMPANIONS.items():
+            if re.match(pattern, name):
+                message, fix = f"{what} It cannot be converted yet.", f"{skip} leaves it out."
+        findings.append(Finding("unexplained-tensor", "error", name, message, fix))
+    return capped(findings, "tensors are unexplained")
 
 
 def misfit_findings(groups: Mapping[str, Group], match: Match, header: Header) -> list[Finding]:
@@ -151,17 +164,20 @@ def alpha_findings(payload: Sequence[AdaptedModule], metadata: Mapping[str, str]
     return findings
 
 
-def unknown_alpha(payload: Sequence[AdaptedModule], configs: Mapping[str, AdapterConfig]) -> list[Finding]:
-    """A finding if the file's spelling keeps the scale elsewhere and it is not there."""
-    spellings = {module.spelling for module in payload}
-    if configs or any("alpha" in module.tensors for module in payload):
-        return []
+def config_findings(payload: Sequence[AdaptedModule], configs: Mapping[str, AdapterConfig]) -> list[Finding]:
+    """Findings for a scale that the file's spelling keeps elsewhere and that is not there, and for a lost DoRA."""
+    findings = []
+    if any(config.dora for config in configs.values()) and not any("dora" in module.algorithm for module in payload):
+        message = "The configuration says DoRA (use_dora), but no module has a magnitude: plain LoRA is assumed."
+        findings.append(Finding("missing-partner", "warning", "", message, "Was the file saved by a broken tool?"))
+    without = [module for module in payload if module.alpha is None and "alpha" not in module.tensors]
+    spellings = {module.spelling for module in without}
+    modern = any(tensor.endswith("lora_A.weight") for module in without for tensor in module.tensors.values())
+    fix = "Put adapter_config.json beside the file or name it with --config."
     if "peft" in spellings:
         message = "peft keeps alpha and rs-LoRA in adapter_config.json, which is not here: alpha = rank is assumed."
-        fix = "Put adapter_config.json beside the file or name it with --config."
-        return [Finding("alpha-unknown", "warning", "", message, fix)]
-    modern = any(tensor.endswith("lora_A.weight") for module in payload for tensor in module.tensors.values())
-    if "diffusers" in spellings and modern:
+        findings.append(Finding("alpha-unknown", "warning", "", message, fix))
+    elif "diffusers" in spellings and modern:
         message = "The file states no alpha; as every reader does, alpha = rank is assumed."
-        return [Finding("alpha-unknown", "note", "", message)]
-    return []
+        findings.append(Finding("alpha-unknown", "note", "", message, "--config names peft's configuration, if any."))
+    return findings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lora_convert.containers import Header
 
-__all__ = ["OTHER_BASES", "OtherKind", "other_kind"]
+__all__ = ["OTHER_BASES", "OtherKind", "names_other_base", "other_kind"]
 
 _WIDTHS = frozenset({768, 1024, 1280, 4096})
 _MOST_TOKENS = 64
@@ -96,6 +96,10 @@ OTHER_BASES: Mapping[str, str] = {
     r".*(img_attn_qkv|txt_attn_qkv)": "HunyuanVideo",
     r".*layers[._]\d+[._](attention[._]|feed_forward[._]|adaLN_modulation)": "Lumina or Z-Image",
     r".*(lora_prior_unet_|effnet)": "Stable Cascade",
-    r".*self_attn[._][qkvo]_proj": "a language model",
 }
 """Module names of base models without a table yet, most telling first."""
+
+
+def names_other_base(name: str) -> str | None:
+    """The base model without a table that a module's name is of, if it is of one."""
+    return next((title for pattern, title in OTHER_BASES.items() if re.match(pattern, name)), None)

@@ -11,6 +11,7 @@ from lora_convert.containers import Header
 from lora_convert.families import FAMILIES, Family
 from lora_convert.inspect import shapes
 from lora_convert.inspect.detection import Rival
+from lora_convert.inspect.kinds import names_other_base
 from lora_convert.inspect.names import Place, places, walk_order
 from lora_convert.inspect.spelling import split_suffix
 from lora_convert.inspect.trainers import family_hints
@@ -159,9 +160,9 @@ def _why_not(match: Match, groups: Mapping[str, Group]) -> str:
     if match.misfits:
         name, place = next(iter(match.misfits.items()))
         size = "x".join(map(str, place.modules[-1].shape))
-        return f"{len(match.misfits)} of {len(groups)} modules have other shapes ({shown(name)} would be {size})"
+        return f"the shapes of {len(match.misfits)} of {len(groups)} modules differ ({shown(name)} would be {size})"
     if match.unnamed:
-        return f"{len(match.unnamed)} of {len(groups)} modules have no such name ({shown(match.unnamed[0])})"
+        return f"the names of {len(match.unnamed)} of {len(groups)} modules are not its ({shown(match.unnamed[0])})"
     return "its convolutions would have to be stored as matrices, or its matrices as convolutions"
 
 
@@ -182,25 +183,32 @@ def choose(groups: Mapping[str, Group], header: Header, wanted: str | None) -> C
     total = len(groups)
     if wanted:
         return Choice(best, (f"--family {wanted}: {len(best.fitted)} of {total} modules fit",))
-    if 2 * best.named < total:
+    if 2 * best.named < total or any(names_other_base(name) for name in best.unnamed):
         return Choice(None, rivals=_rivals(ranked, None, groups))
     if not best.fitted:
         return _by_names(ranked, header, total)
-    tied = [match for match in ranked if match.score == best.score]
-    evidence = [f"{len(best.fitted)} of {total} modules have names and shapes of {best.family.title}"]
-    if len(tied) > 1:
-        hints = family_hints(header.metadata)
-        hinted = [match for match in tied if match.family.name in hints]
-        if len(hinted) != 1:
-            return Choice(None, rivals=_tie(tied), findings=(_ambiguous(tied, total),))
-        best = hinted[0]
-        evidence = [
-            f"{len(best.fitted)} of {total} modules have names and shapes of {best.family.title}",
-            f"the tensors fit {_names(tied)} equally; {hints[best.family.name]}",
-        ]
-        others = _tie([match for match in tied if match is not best])
-        return Choice(best, tuple(evidence), (*others, *_rivals(ranked[len(tied) :], best, groups)))
-    return Choice(best, tuple(evidence), _rivals(ranked, best, groups))
+    tied = [match for match in ranked if len(match.fitted) == len(best.fitted)]
+    evidence = f"{len(best.fitted)} of {total} modules have names and shapes of"
+    if len(tied) == 1:
+        return Choice(best, (f"{evidence} {best.family.title}",), _rivals(ranked, best, groups))
+    best_of_tied, reason = _tie_break(tied, header)
+    if best_of_tied is None:
+        return Choice(None, rivals=_tie(tied), findings=(_ambiguous(tied, total),))
+    others = _tie([match for match in tied if match is not best_of_tied])
+    said = (f"{evidence} {best_of_tied.family.title}", f"the tensors fit {_names(tied)} equally; {reason}")
+    return Choice(best_of_tied, said, (*others, *_rivals(ranked[len(tied) :], best_of_tied, groups)))
+
+
+def _tie_break(tied: Sequence[Match], header: Header) -> tuple[Match | None, str]:
+    """The family that the metadata names, else the one whose convolutions are stored as convolutions; and why."""
+    hints = family_hints(header.metadata)
+    hinted = [match for match in tied if match.family.name in hints]
+    if len(hinted) == 1:
+        return hinted[0], hints[hinted[0].family.name]
+    exact = [match for match in tied if match.exact == max(match.exact for match in tied)]
+    if len(exact) == 1:
+        return exact[0], f"matrices and convolutions are stored as those of {exact[0].family.name}"
+    return None, ""
 
 
 def _by_names(ranked: Sequence[Match], header: Header, total: int) -> Choice:

@@ -58,6 +58,8 @@ def trainer_of(payload: Sequence[AdaptedModule], metadata: Mapping[str, str]) ->
     """The trainer and how the file tells it, None if it does not."""
     if payload and _is_thelastben(payload):
         return "thelastben", f"every alpha is {_THELASTBEN_ALPHA:g}, a constant of TheLastBen's trainer"
+    if "lora_convert.version" in metadata:
+        return _by_metadata(metadata)  # the spelling is ours, and says nothing of the trainer
     return _by_metadata(metadata) or _by_spelling(payload, bool(metadata))
 
 
