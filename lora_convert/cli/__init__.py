@@ -312,7 +312,12 @@ def _loading_check() -> Callable[..., ValidateResult]:
 @cli.command()
 @_JSON
 def families(as_json: bool) -> int:
-    """List the base models that are known."""
+    """List the base models that are known.
+
+    \b
+    Example:
+      lora-convert families --json
+    """
     for family in FAMILIES.values():
         counts = {component.name: len(component.modules) for component in family.components}
         parts = ", ".join(f"{name} {number}" for name, number in counts.items())
@@ -339,6 +344,10 @@ def demo(out: Path) -> int:
     """Convert a real file, and show what was proved.
 
     The file comes with the package; what is found, done and proved is told step by step.
+
+    \b
+    Example:
+      lora-convert demo -o somewhere/
     """
     from lora_convert.cli.demo import run_demo
 

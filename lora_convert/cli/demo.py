@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -34,30 +35,38 @@ def _scales(found: Detection) -> str:
 
 
 def run_demo(folder: Path) -> int:
-    """Inspect, convert, validate and convert back the sample; the outputs stay in `folder`. Returns the exit status."""
-    with resources.as_file(resources.files("lora_convert.samples").joinpath(SAMPLE)) as sample:
-        _heading(1, f"What is it?   lora-convert inspect {SAMPLE}")
-        found = identify(sample)
-        for line in detection_lines(found):
-            click.echo(line)
-        click.echo(f"  Its scales (alpha/rank) differ between modules: {_scales(found)}.")
-        click.echo("  diffusers applies one of them to all attention modules when it reads this file directly.")
+    """Inspect, convert, validate and convert back the sample; the files stay in `folder`. Returns the exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sample = folder / SAMPLE
+    sample.write_bytes(resources.files("lora_convert.samples").joinpath(SAMPLE).read_bytes())
 
-        _heading(2, f"Convert it.   lora-convert convert {SAMPLE} -o {folder}/diffusers")
-        result = convert(sample, folder / "diffusers", force=True)
-        for line in conversion_lines(result):
-            click.echo(line)
+    _heading(1, f"What is it?   lora-convert inspect {sample}")
+    found = identify(sample)
+    _say(detection_lines(found))
+    click.echo(f"  Its scales (alpha/rank) differ between modules: {_scales(found)}.")
+    click.echo("  diffusers applies one of them to all attention modules when it reads this file directly.")
 
-        _heading(3, f"Check it again, from the files.   lora-convert validate … --against {SAMPLE}")
-        proof = validate(result.outputs[0].path, against=sample) if result.ok else None
-        for line in validation_lines(proof) if proof else ():
-            click.echo(line)
+    _heading(2, f"Convert it.   lora-convert convert {sample} -o {folder / 'diffusers'}")
+    result = convert(sample, folder / "diffusers", force=True)
+    _say(conversion_lines(result))
+    output = folder / "diffusers" / "pytorch_lora_weights.safetensors"
 
-        _heading(4, "And back, for ComfyUI and A1111.   lora-convert convert … --to kohya")
-        back = convert(result.outputs[0].path, folder / "kohya", to="kohya", force=True) if result.ok else None
-        for line in conversion_lines(back) if back else ():
-            click.echo(line)
-    if not (proof and proof.ok and back and back.ok):
+    _heading(3, f"Check it again, from the files.   lora-convert validate {output} --against {sample}")
+    proof = validate(output, against=sample)
+    _say(validation_lines(proof))
+
+    _heading(4, f"And back, for ComfyUI and A1111.   lora-convert convert {output} --to kohya -o {folder / 'kohya'}")
+    back = convert(output, folder / "kohya", to="kohya", force=True)
+    _say(conversion_lines(back))
+
+    if not (result.ok and proof.ok and back.ok):
         return 1
-    click.echo(f"\nLoad the result with diffusers:\n{_SNIPPET.format(folder=(folder / 'diffusers').as_posix())}")
+    modules = len(found.payload)
+    click.echo(f"\nFound {modules} modules, converted {modules}, proved {modules}: there and back. To load the result:")
+    click.echo(_SNIPPET.format(folder=(folder / "diffusers").as_posix()))
     return 0
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)

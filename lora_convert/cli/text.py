@@ -43,8 +43,10 @@ def finding_lines(findings: Sequence[Finding], indent: str = "  ") -> Iterator[s
     for finding in findings:
         head = click.style(f"{finding.severity} {finding.name}", fg=_COLOURS[finding.severity])
         subject = f" {shown(finding.subject)}:" if finding.subject else ""
+        message = printable(finding.message)
+        message = message if subject else message[:1].upper() + message[1:]
         fix = f" {printable(finding.fix)}" if finding.fix else ""
-        yield f"{indent}{head}{subject} {printable(finding.message)}{fix}"
+        yield f"{indent}{head}{subject} {message}{fix}"
 
 
 def _distribution(values: Mapping[str, int]) -> str:
