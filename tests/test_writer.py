@@ -302,3 +302,11 @@ def test_bad_values_publish_nothing(write, tmp_path):
     assert result.status == "failed"
     assert "not-finite" in names_of(result.findings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stem", ["x" * 243, "é" * 121])
+def test_names_of_any_legal_length(tmp_path, stem):
+    target = tmp_path / f"{stem}.safetensors"
+    with atomic_file(target) as file:
+        file.write(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]

@@ -22,6 +22,7 @@ from lora_convert.report import shown
 __all__ = ["atomic_file", "header_bytes", "offsets"]
 
 _ALIGNMENT = 8
+_MOST_BYTES = 200
 
 
 def offsets(tensors: Sequence[OutputTensor]) -> dict[str, int]:
@@ -70,7 +71,7 @@ def _lock(file: BinaryIO) -> bool | None:
 
 def _remove_litter(target: Path) -> None:
     """Remove temporary files of this target whose writer is dead (its lock is gone)."""
-    for path in target.parent.glob(f".{_glob_escape(target.name)}.*.part"):
+    for path in target.parent.glob(f".{_glob_escape(_beginning(target))}.*.part"):
         with contextlib.suppress(OSError), path.open("rb+") as file:
             if _lock(file):
                 path.unlink()
@@ -83,7 +84,7 @@ def _create(target: Path, cleanup: contextlib.ExitStack) -> tuple[Path, BinaryIO
     """
     try:
         while True:
-            temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+            temporary = target.parent / f".{_beginning(target)}.{os.getpid()}-{secrets.token_hex(4)}.part"
             cleanup.callback(temporary.unlink, missing_ok=True)
             file = cleanup.enter_context(temporary.open("xb+"))
             if _lock(file) is not False and temporary.exists():
@@ -92,6 +93,11 @@ def _create(target: Path, cleanup: contextlib.ExitStack) -> tuple[Path, BinaryIO
     except OSError as error:
         where = shown(str(target.parent))
         raise UsageError(f"nothing can be written to {where}: {error.strerror}") from None
+
+
+def _beginning(target: Path) -> str:
+    """As much of the target's name as leaves room for the rest of a temporary name (names have at most 255 bytes)."""
+    return os.fsencode(target.name)[:_MOST_BYTES].decode(errors="ignore")
 
 
 def _glob_escape(name: str) -> str:
