@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["FINDINGS", "SCHEMA", "Finding", "Severity", "printable", "severest", "shown", "to_json"]
+__all__ = [
+    "FINDINGS",
+    "MOST_FINDINGS",
+    "SCHEMA",
+    "Finding",
+    "Severity",
+    "counted",
+    "json_number",
+    "listed",
+    "printable",
+    "severest",
+    "shown",
+    "to_json",
+]
+
+MOST_FINDINGS = 20
+"""Findings of one kind that are listed; what is more is counted."""
 
 SCHEMA = 1
 """Version of the JSON that `--json` prints and `as_dict()` returns."""
@@ -127,6 +144,11 @@ def listed(items: Sequence[str], limit: int = 5) -> str:
     named = ", ".join(shown(item) for item in items[:limit])
     rest = len(items) - limit
     return f"{named} and {rest} more" if rest > 0 else named
+
+
+def json_number(value: float) -> float | str:
+    """A number as JSON can hold it: NaN and infinities as text."""
+    return value if math.isfinite(value) else str(value)
 
 
 def to_json(content: Mapping[str, Any]) -> str:

@@ -323,7 +323,7 @@ def families(as_json: bool) -> int:
         parts = ", ".join(f"{name} {number}" for name, number in counts.items())
         _say(
             as_json,
-            {"schema": 1, "family": family.name, "title": family.title, "components": counts},
+            {"schema": SCHEMA, "family": family.name, "title": family.title, "components": counts},
             [f"{click.style(family.name, bold=True):20} {family.title}: {parts}"],
         )
     return 0

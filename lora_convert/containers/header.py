@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from lora_convert.containers.dtypes import BITS
 from lora_convert.errors import FileError
-from lora_convert.report import Finding, counted, printable, shown
+from lora_convert.report import MOST_FINDINGS, Finding, counted, printable, shown
 
 __all__ = ["MAX_HEADER", "MAX_HEADER_LIMIT", "Header", "Span", "TensorInfo", "parse_header"]
 
@@ -30,7 +30,6 @@ MAX_HEADER = 12_000_000
 MAX_HEADER_LIMIT = 100_000_000
 """The reference reader's own bound."""
 
-_MOST_FINDINGS = 20
 _MOST_LEVELS = 127  # of nesting, in the reference reader's JSON
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -270,9 +269,9 @@ def _check_names(names: Sequence[str]) -> list[Finding]:
 def _raise_if_any(findings: list[Finding]) -> None:
     if not findings:
         return
-    more = len(findings) - _MOST_FINDINGS
+    more = len(findings) - MOST_FINDINGS
     if more > 0:
-        findings = [*findings[:_MOST_FINDINGS], _malformed("", f"{more} more tensors break the format.")]
+        findings = [*findings[:MOST_FINDINGS], _malformed("", f"{more} more tensors break the format.")]
     raise FileError(findings)
 
 

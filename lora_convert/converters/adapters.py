@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lora_convert.containers import Source
 from lora_convert.inspect.detection import AdaptedModule
 
-__all__ = ["ALGORITHMS", "Adapter", "Lora", "read_adapter"]
+__all__ = ["ALGORITHMS", "Adapter", "Lora", "read_adapter", "read_matrices"]
 
 Array = NDArray[Any]
 
@@ -81,8 +81,12 @@ ALGORITHMS: Mapping[str, Callable[[Mapping[str, Array], float, Sequence[int]], A
 """Algorithm name -> its constructor from stored tensors, scale and kernel."""
 
 
+def read_matrices(source: Source, module: AdaptedModule) -> dict[str, Array]:
+    """The module's stored matrices by field, as arrays; without its scalars."""
+    return {part: source.read(tensor) for part, tensor in module.tensors.items() if part not in ("alpha", "scalar")}
+
+
 def read_adapter(source: Source, module: AdaptedModule) -> Adapter:
     """The adapter of one module with its values read. Raises KeyError for an algorithm that is not in `ALGORITHMS`."""
-    tensors = {part: source.read(tensor) for part, tensor in module.tensors.items() if part not in ("alpha", "scalar")}
     scale = 1.0 if module.scale is None else module.scale
-    return ALGORITHMS[module.algorithm](tensors, scale, module.modules[0].shape[2:])
+    return ALGORITHMS[module.algorithm](read_matrices(source, module), scale, module.modules[0].shape[2:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from lora_convert.errors import FileError, UsageError, raise_errors
 from lora_convert.hashes import sha256_of
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import Detection
-from lora_convert.report import SCHEMA, Finding, listed, severest, shown
+from lora_convert.report import SCHEMA, Finding, json_number, listed, severest, shown
 
 _T = TypeVar("_T", bound=Target)
 
@@ -116,7 +115,7 @@ class ConvertResult:
             "trainer": self.detection.trainer if self.detection else None,
             "to": self.plan.layout if self.plan else None,
             "modules": len(self.plan.steps) if self.plan else 0,
-            "worst_delta_error": worst if worst is None or math.isfinite(worst) else str(worst),
+            "worst_delta_error": None if worst is None else json_number(worst),
             "findings": [finding.as_dict() for finding in self.findings],
         }
 

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_convert.containers import Source
-from lora_convert.converters.adapters import ALGORITHMS, Lora, read_adapter
+from lora_convert.converters.adapters import ALGORITHMS, Lora, read_adapter, read_matrices
 from lora_convert.converters.folding import rescaled
 from lora_convert.converters.values import count_zeros, is_finite, is_zero, peak
 from lora_convert.inspect.detection import AdaptedModule, Detection
-from lora_convert.report import Finding, counted, listed
+from lora_convert.report import MOST_FINDINGS, Finding, counted, json_number, listed
 
 __all__ = ["Rung", "check_deltas", "check_numbers", "check_structure", "relative_error"]
 
@@ -34,7 +34,6 @@ TOLERANCE: Mapping[str, float] = {"F32": 1e-6, "F64": 1e-6, "F16": 3e-4, "BF16":
 
 _CANCELLED = 1e-3  # where less remains of a sum in float32, it is mostly rounding errors
 _SAFE = (2.0**-40, 2.0**40)  # peaks of matrices whose squares can be summed in float32
-_MOST_FINDINGS = 20
 _BATCH = 8  # modules that a thread compares at a time
 _MOST_THREADS = 4  # each holds the matrices of one module
 
@@ -181,14 +180,9 @@ def _missing(ours: Sequence[str], theirs: Sequence[str], message: str) -> list[F
     return [Finding("delta-mismatch", "error", "", f"{len(lost)} modules {message}: {listed(lost)}.")] if lost else []
 
 
-def _matrices(source: Source, module: AdaptedModule) -> dict[str, Array]:
-    """The module's stored matrices by field, without its scalars."""
-    return {part: source.read(name) for part, name in module.tensors.items() if part not in ("alpha", "scalar")}
-
-
 def _new_zeros(matrices: Mapping[str, Array], source: Source, place: tuple[AdaptedModule, int, int]) -> int:
     """Values that are zero in the output and were not in the source, for matrices that correspond one to one."""
-    before = _matrices(source, place[0])
+    before = read_matrices(source, place[0])
     both = matrices.keys() & before.keys() & {"down", "up"} if matrices.keys() == before.keys() else ()
     pairs = [(matrices[part], before[part]) for part in both]
     return sum(max(0, count_zeros(ours) - count_zeros(theirs)) for ours, theirs in pairs if ours.size == theirs.size)
@@ -204,7 +198,7 @@ def check_numbers(
     broken, zero, lost = [], 0, 0
     places = _by_target(truth) if truth else {}
     for module in found.payload:
-        matrices = _matrices(output, module)
+        matrices = read_matrices(output, module)
         broken += [module.tensors[part] for part, values in matrices.items() if not is_finite(values)]
         idle = any(is_zero(values) for values in matrices.values()) or module.scale == 0.0
         zero += idle
@@ -212,7 +206,7 @@ def check_numbers(
             lost += _new_zeros(matrices, source, places[module.modules[0].name])
     fix = "The file is damaged; train or fetch it again."
     message = "It holds NaN or infinity."
-    findings = [Finding("not-finite", "error", name, message, fix) for name in broken[:_MOST_FINDINGS]]
+    findings = [Finding("not-finite", "error", name, message, fix) for name in broken[:MOST_FINDINGS]]
     if zero and zero == len(found.payload):
         findings.append(Finding("no-effect", "warning", "", "Every module's change is zero: the file changes nothing."))
     if lost:
@@ -259,16 +253,12 @@ def check_deltas(
     worst = sorted(errors, key=lambda name: (-errors[name], name))[:5]
     figures = {
         "modules": len(errors),
-        "worst": _json_number(errors[worst[0]]) if worst else None,
-        "worst_modules": [{"module": name, "error": _json_number(errors[name])} for name in worst if errors[name]],
+        "worst": json_number(errors[worst[0]]) if worst else None,
+        "worst_modules": [{"module": name, "error": json_number(errors[name])} for name in worst if errors[name]],
         "exact_modules": sum(not error for error in errors.values()),
     }
     failed = bool(findings)
-    return Rung("fail" if failed else "pass", figures=figures, findings=tuple(findings[:_MOST_FINDINGS]))
-
-
-def _json_number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+    return Rung("fail" if failed else "pass", figures=figures, findings=tuple(findings[:MOST_FINDINGS]))
 
 
 def _narrowed(source: Source, before: AdaptedModule, output: Source, after: AdaptedModule) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_convert.containers.dtypes import nbytes
+from lora_convert.containers.dtypes import BITS, nbytes, numpy_dtype
 from lora_convert.containers.header import Header
 from lora_convert.converters.layout import LAYOUTS, Written
 from lora_convert.errors import UsageError
@@ -211,8 +211,6 @@ def _alpha_dtype(alpha: float, dtype: str) -> str:
     """The matrices' dtype where it holds the alpha exactly, as Kohya saves it; else F32."""
     import numpy as np
 
-    from lora_convert.containers.dtypes import numpy_dtype
-
     with np.errstate(over="ignore"):
         return dtype if float(numpy_dtype(dtype).type(alpha)) == alpha else "F32"
 
@@ -256,8 +254,6 @@ def _is_canonical(payload: Sequence[AdaptedModule], names: Mapping[Module, Mappi
 
 def _file_order(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
     """The order of the reference writer: wide dtypes first (so all are aligned), then by name."""
-    from lora_convert.containers.dtypes import BITS
-
     return tuple(sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.dtype, tensor.name)))
 
 

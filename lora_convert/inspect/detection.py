@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from lora_convert.families import Module
-from lora_convert.report import SCHEMA, Finding, severest
+from lora_convert.report import SCHEMA, Finding, json_number, severest
 
 __all__ = ["AdaptedModule", "Detection", "Rival"]
 
@@ -111,8 +111,8 @@ class Detection:
                 "algorithm": module.algorithm,
                 "spelling": module.spelling,
                 "rank": module.rank,
-                "alpha": None if module.alpha is None else _json_number(module.alpha),
-                "scale": None if module.scale is None else _json_number(module.scale),
+                "alpha": None if module.alpha is None else json_number(module.alpha),
+                "scale": None if module.scale is None else json_number(module.scale),
                 "tensors": list(module.tensors.values()),
             }
             for module in self.payload
@@ -146,10 +146,6 @@ class Detection:
         if self.hashes is not None:
             content["hashes"] = dict(self.hashes)
         return content
-
-
-def _json_number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
 
 
 def _as_number(text: str) -> float:

@@ -13,15 +13,13 @@ from lora_convert.converters.convert import ValidateResult, local_path, validate
 from lora_convert.converters.fidelity import Rung, relative_error
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import Detection
-from lora_convert.report import Finding
+from lora_convert.report import MOST_FINDINGS, Finding
 from lora_convert.runtime.loading import LoadedAdapter, LoadingError, load_adapter
 
 __all__ = ["climb"]
 
 _TOLERANCE = 2e-6
 """Relative error of a loaded ΔW: the loader multiplies in float32, and the scale is a quotient."""
-
-_MOST_FINDINGS = 20
 
 
 def climb(out: str | Path, against: Target | None = None, **options: Any) -> ValidateResult:
@@ -79,4 +77,4 @@ def _compare(source: Source, found: Detection, loaded: LoadedAdapter) -> Rung:
 
 
 def _first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    return tuple(sorted(findings, key=lambda finding: finding.subject)[:_MOST_FINDINGS])
+    return tuple(sorted(findings, key=lambda finding: finding.subject)[:MOST_FINDINGS])
