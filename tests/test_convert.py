@@ -503,3 +503,20 @@ def test_skipping_in_our_own_output_leaves_the_tensors_out(write, tmp_path):
 def test_a_config_may_be_named_by_text():
     config = str(LORA / "p_sd15_lora.adapter_config.json")
     assert lora_convert.plan(LORA / "p_sd15_lora.safetensors", config=config).ok
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scalar_that_is_no_number_is_named_before_anything_is_read(write, tmp_path, value, to):
+    path = write(lora(K, 320, 768, alpha=2) | {f"{K}.scalar": np.array(value, "f4")})
+    planned = lora_convert.plan(path, to=to)
+    assert [(f.name, f.subject) for f in planned.findings] == [("not-finite", f"{K}.scalar")]
+    json.dumps(planned.as_dict(), allow_nan=False)
+    assert lora_convert.convert(path, tmp_path / "out", to=to).status == "failed" and not (tmp_path / "out").exists()
+    assert lora_convert.convert(path, tmp_path / "out", to=to, skip="*.scalar").ok
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_a_scale_of_zero_changes_nothing_in_either_layout(write, tmp_path, to):
+    path = write(lora(K, 320, 768, alpha=2) | {f"{K}.scalar": np.array(0, "f4")})
+    assert "no-effect" in names_of(converted(path, tmp_path / "o.safetensors", to=to).findings)

@@ -20,14 +20,13 @@ from lora_convert.converters.plan import OutputTensor, Plan, Step
 from lora_convert.converters.values import count_zeros, is_finite, peak
 from lora_convert.converters.writer import header_bytes, offsets
 from lora_convert.hashes import legacy_hash
-from lora_convert.report import Finding, counted
+from lora_convert.report import MOST_FINDINGS, Finding, counted
 
 __all__ = ["Execution", "execute", "run_step"]
 
 Array = NDArray[Any]
 Progress = Callable[[int], None]
 
-_MOST_FINDINGS = 20
 _CHUNK = 1 << 20
 
 
@@ -43,9 +42,9 @@ class Execution:
 
     def closing_findings(self) -> list[Finding]:
         """Findings that sum up over the modules."""
-        findings = self.findings[:_MOST_FINDINGS]
-        if len(self.findings) > _MOST_FINDINGS:
-            more = len(self.findings) - _MOST_FINDINGS
+        findings = self.findings[:MOST_FINDINGS]
+        if len(self.findings) > MOST_FINDINGS:
+            more = len(self.findings) - MOST_FINDINGS
             findings.append(Finding(self.findings[-1].name, "error", "", f"{more} more tensors have such values."))
         if self.rounding:
             worst = max(self.rounding, key=self.rounding.__getitem__)
@@ -96,7 +95,7 @@ def run_step(step: Step, source: Source, noticed: Execution) -> Iterator[tuple[O
     if not all(map(math.isfinite, peaks)):
         return
     name = step.source.modules[0].name
-    if step.fold == 0.0 or 0.0 in peaks:
+    if step.source.scale == 0.0 or 0.0 in peaks:
         noticed.idle.append(name)
     plain = factors.to_lora()
     split = _split(step, plain, step.outputs[0])

@@ -13,7 +13,7 @@ from lora_convert.inspect import shapes
 from lora_convert.inspect.config import AdapterConfig
 from lora_convert.inspect.detection import AdaptedModule
 from lora_convert.inspect.match import Group, Match, shapes_of
-from lora_convert.report import Finding, shown
+from lora_convert.report import MOST_FINDINGS, Finding, shown
 
 __all__ = [
     "alpha_findings",
@@ -26,19 +26,17 @@ __all__ = [
     "variant_findings",
 ]
 
-_MOST_FINDINGS = 20
-
 
 _PARTS = {"down": "down (A)", "up": "up (B)"}
 
 
 def capped(findings: list[Finding], what: str) -> list[Finding]:
-    """At most `_MOST_FINDINGS`, the last one counting the others."""
-    more = len(findings) - _MOST_FINDINGS
+    """At most `MOST_FINDINGS`, the last one counting the others."""
+    more = len(findings) - MOST_FINDINGS
     if more <= 0:
         return findings
     last = findings[-1]
-    return [*findings[:_MOST_FINDINGS], Finding(last.name, last.severity, "", f"{more} more {what}.", last.fix)]
+    return [*findings[:MOST_FINDINGS], Finding(last.name, last.severity, "", f"{more} more {what}.", last.fix)]
 
 
 _COMPANIONS: Mapping[str, tuple[str, str]] = {
@@ -139,21 +137,31 @@ def dtype_findings(header: Header, names: Iterable[str]) -> list[Finding]:
     ]
 
 
+def _broken_scalar(module: AdaptedModule) -> str | None:
+    """Which of a module's scalars makes its scale NaN or infinite, if one does."""
+    if module.alpha is not None and not isfinite(module.alpha):
+        return "alpha"
+    return "scalar" if module.scale is not None and not isfinite(module.scale) else None
+
+
 def alpha_findings(payload: Sequence[AdaptedModule], metadata: Mapping[str, str]) -> list[Finding]:
     """Findings for alphas that are no numbers, unusual, or understood differently by trainer and readers."""
     findings = []
     for module in payload:
-        tensor = module.tensors.get("alpha", "")
-        if not module.algorithm.startswith("lora") or module.alpha is None:
+        if not module.algorithm.startswith("lora"):
             continue
-        if not isfinite(module.alpha):
-            message = f"alpha is {module.alpha:g}, so the strength of {module.modules[0].name} is unknown."
-            fix = "Leave it out with --skip (the scale is then 1), or ask the author for a sound file."
-            findings.append(Finding("not-finite", "error", tensor or module.modules[0].name, message, fix))
-        elif module.alpha <= 0:
-            effect = "switches the module off" if module.alpha == 0 else "turns the module's effect around"
-            message = f"alpha is {module.alpha:g}, which {effect}; kept as it is."
-            findings.append(Finding("odd-alpha", "warning", tensor or module.modules[0].name, message))
+        name = module.modules[0].name
+        alpha, tensor = module.alpha, module.tensors.get("alpha", name)
+        broken = _broken_scalar(module)
+        if broken:
+            message = f"{broken} is not a finite number, so the strength of {name} is unknown."
+            fix = "Leave it out with --skip (it then counts as 1), or ask the author for a sound file."
+            findings.append(Finding("not-finite", "error", module.tensors.get(broken, name), message, fix))
+        elif alpha is not None and alpha <= 0:
+            effect = "switches the module off" if alpha == 0 else "turns the module's effect around"
+            findings.append(
+                Finding("odd-alpha", "warning", tensor, f"alpha is {alpha:g}, which {effect}; kept as it is.")
+            )
     findings = capped(findings, "alphas are unusual")
     if '"algo": "dylora"' in metadata.get("ss_network_args", "") and "lycoris" in metadata.get("ss_network_module", ""):
         message = (
