@@ -6,12 +6,13 @@ not run, 130 interrupted. With `--json` standard output has JSON alone, one obje
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,18 +27,6 @@ if TYPE_CHECKING:
     from lora_convert.converters.convert import ValidateResult
 
 __all__ = ["cli", "run"]
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-def _options(*decorators: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
-    def decorate(command: _Command) -> _Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
 
 _FAMILY = click.option(
     "--family", type=click.Choice(list(FAMILIES)), help="The base model's family, where the file fits several."
@@ -67,7 +56,21 @@ _FAIL_ON = click.option(
     default="error",
     help="The mildest finding for which the exit status is 1 (default error).",
 )
-_READING = _options(_FAMILY, _CONFIG, _SKIP, _MAX_HEADER, _JSON, _FAIL_ON)
+
+
+def _reading(command: Callable[..., int]) -> Callable[..., int]:
+    """The options of every verb that reads files; those that are the library's come as one dictionary, `reading`."""
+
+    @functools.wraps(command)
+    def grouped(
+        *, family: str | None, config: Path | None, skip: tuple[str, ...], max_header: int, **others: Any
+    ) -> int:
+        return command(reading={"family": family, "config": config, "skip": skip, "max_header": max_header}, **others)
+
+    decorated: Callable[..., int] = grouped
+    for option in (_FAIL_ON, _JSON, _MAX_HEADER, _SKIP, _CONFIG, _FAMILY):
+        decorated = option(decorated)
+    return decorated
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -125,7 +128,7 @@ def _exit_status(findings: Sequence[Finding], fail_on: str) -> int:
 
 @cli.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@_READING
+@_reading
 @click.option(
     "--hash", "hashes", is_flag=True, help="Add SHA-256, AutoV1, AutoV2, AutoV3, CRC32 (and BLAKE3 if installed)."
 )
@@ -133,10 +136,7 @@ def _exit_status(findings: Sequence[Finding], fail_on: str) -> int:
 @click.option("--alphas", is_flag=True, help="Read the alphas of a remote file too (up to a request per module).")
 def inspect(
     files: tuple[str, ...],
-    family: str | None,
-    config: Path | None,
-    skip: tuple[str, ...],
-    max_header: int,
+    reading: dict[str, Any],
     as_json: bool,
     fail_on: str,
     hashes: bool,
@@ -156,10 +156,8 @@ def inspect(
     from lora_convert.cli.text import detection_lines
     from lora_convert.inspect.identify import identify
 
-    options: dict[str, Any] = {"family": family, "config": config, "skip": skip, "max_header": max_header}
-
     def one(file: str, _: None) -> _Outcome:
-        found = identify(file, hashes=hashes, alphas=alphas or None, **options)
+        found = identify(file, hashes=hashes, alphas=alphas or None, **reading)
         content = found.as_dict() | ({"module_list": found.module_list()} if modules else {})
         return found.ok, found.findings, content, detection_lines(found, modules)
 
@@ -206,7 +204,7 @@ def _outputs(files: tuple[str, ...], out: Path | None) -> Sequence[Path | None]:
 @click.option(
     "--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="The dtype to write (default: the source's)."
 )
-@_READING
+@_reading
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @click.option("--no-validate", is_flag=True, help="Do not prove the result before it is put in place.")
@@ -216,10 +214,7 @@ def convert(
     to: str,
     alpha: str | None,
     dtype: str | None,
-    family: str | None,
-    config: Path | None,
-    skip: tuple[str, ...],
-    max_header: int,
+    reading: dict[str, Any],
     as_json: bool,
     fail_on: str,
     dry_run: bool,
@@ -241,12 +236,12 @@ def convert(
     from lora_convert.cli.text import conversion_lines, plan_lines
     from lora_convert.converters.plan import Options
 
-    options: dict[str, Any] = {"to": to, "alpha": alpha, "dtype": dtype, "family": family, "config": config}
-    Options(**options).checked()
+    layout: dict[str, Any] = {"to": to, "alpha": alpha, "dtype": dtype}
+    Options(**layout).checked()
 
     def one(file: str, target: Path | None) -> _Outcome:
         others = [other for other in files if other != file]
-        call: dict[str, Any] = {"force": force, "beside": others, "max_header": max_header, "skip": skip, **options}
+        call: dict[str, Any] = {"force": force, "beside": others, **reading, **layout}
         if target is None or dry_run:
             planned = lora_convert.plan(file, target, **call)
             return planned.ok, planned.findings, planned.as_dict(), plan_lines(planned)
@@ -267,15 +262,12 @@ def convert(
     is_flag=True,
     help="Also load it with diffusers into the real architecture, without weights (needs lora-convert[runtime]).",
 )
-@_READING
+@_reading
 def validate(
     file: str,
     against: str | None,
     load: bool,
-    family: str | None,
-    config: Path | None,
-    skip: tuple[str, ...],
-    max_header: int,
+    reading: dict[str, Any],
     as_json: bool,
     fail_on: str,
 ) -> int:
@@ -292,10 +284,10 @@ def validate(
     from lora_convert.cli.text import validation_lines
 
     check: Callable[..., ValidateResult] = _loading_check() if load else lora_convert.validate
-    if skip and against is None:
+    if reading["skip"] and against is None:
         raise UsageError("--skip leaves out tensors of the source; name that with --against")
     with progress_bar(not as_json) as progress:
-        result = check(file, against, family=family, config=config, skip=skip, max_header=max_header, progress=progress)
+        result = check(file, against, progress=progress, **reading)
     _say(as_json, result.as_dict(), validation_lines(result))
     return _exit_status(result.findings, fail_on) if result.ok else 1
 
