@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_convert.containers import Source
-from lora_convert.converters.adapters import ALGORITHMS, Lora, read_adapter, read_matrices
+from lora_convert.converters.adapters import ALGORITHMS, Adapter, Lora, read_adapter, read_matrices
 from lora_convert.converters.folding import rescaled
 from lora_convert.converters.values import count_zeros, is_finite, is_zero, peak
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.report import MOST_FINDINGS, Finding, counted, json_number, listed
 
-__all__ = ["Rung", "check_deltas", "check_numbers", "check_structure", "relative_error"]
+__all__ = ["Rung", "check_deltas", "check_numbers", "check_structure", "module_figures", "relative_error"]
 
 Array = NDArray[Any]
 
@@ -136,6 +136,25 @@ def relative_error(source: Lora, output: Lora) -> float:
         return 0.0
     norm = abs(first.scale) * _product_norm(first.up, first.down)
     return difference / norm if norm else math.inf
+
+
+def delta_norm(adapter: Adapter) -> float:
+    """‖ΔW‖."""
+    wide = _wide(adapter.to_lora())
+    return abs(wide.scale) * _product_norm(wide.up, wide.down)
+
+
+def module_figures(
+    output: Source, found: Detection, source: Source | None = None, truth: Detection | None = None
+) -> Iterator[tuple[str, AdaptedModule, float, float | None]]:
+    """Every module of a file: its name, what adapts it, ‖ΔW‖, and its relative error against the source's if there is
+    one that adapts it too.
+    """
+    theirs = _by_target(truth) if truth else {}
+    for name, place in _by_target(found).items():
+        ours = _lora(output, place)
+        error = relative_error(_lora(source, theirs[name]), ours) if source and name in theirs else None
+        yield name, place[0], delta_norm(ours), error
 
 
 def check_structure(detection: Detection) -> Rung:

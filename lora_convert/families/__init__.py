@@ -117,6 +117,24 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ),
                 sgm_names=True,
             ),
+            Family(
+                "tiny-sd15",
+                "the embedded tiny Stable Diffusion 1.5",
+                (
+                    Component("unet", "unet_tiny_sd15", "lora_unet_"),
+                    Component("text_encoder", "clip_tiny_sd15", "lora_te_", _NO_PROJECTION),
+                ),
+            ),
+            Family(
+                "tiny-sdxl",
+                "the embedded tiny Stable Diffusion XL",
+                (
+                    Component("unet", "unet_tiny_sdxl", "lora_unet_"),
+                    Component("text_encoder", "clip_tiny_sdxl", "lora_te1_", _NO_PROJECTION),
+                    Component("text_encoder_2", "openclip_tiny_sdxl", "lora_te2_"),
+                ),
+                sgm_names=True,
+            ),
         )
     }
 )

@@ -50,9 +50,33 @@ UNETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2560,
         },
+        # The embedded base models: their big siblings' blocks, so few channels that both fit into this package.
+        "unet_tiny_sd15": {
+            "sample_size": 16,
+            "block_out_channels": (32, 64, 64, 64),
+            "norm_num_groups": 8,
+            "cross_attention_dim": 64,
+            "attention_head_dim": 2,
+        },
+        "unet_tiny_sdxl": {
+            "sample_size": 16,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (32, 56, 32),
+            "norm_num_groups": 8,
+            "transformer_layers_per_block": (1, 2, 10),
+            "cross_attention_dim": 96,
+            "attention_head_dim": (2, 4, 2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 16,
+            "projection_class_embeddings_input_dim": 160,
+        },
     }
 )
 """Arguments of `diffusers.UNet2DConditionModel` by table."""
+
+_TINY_VOCABULARY = {"vocab_size": 618, "bos_token_id": 616, "eos_token_id": 617, "pad_token_id": 617}
 
 TEXT_ENCODERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -81,6 +105,33 @@ TEXT_ENCODERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "projection_dim": 1280,
             "hidden_act": "gelu",
         },
+        "clip_tiny_sd15": {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "projection_dim": 64,
+            "hidden_act": "quick_gelu",
+            **_TINY_VOCABULARY,
+        },
+        "clip_tiny_sdxl": {
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "projection_dim": 32,
+            "hidden_act": "quick_gelu",
+            **_TINY_VOCABULARY,
+        },
+        "openclip_tiny_sdxl": {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "projection_dim": 64,
+            "hidden_act": "gelu",
+            **_TINY_VOCABULARY,
+        },
     }
 )
 """Arguments of `transformers.CLIPTextConfig` by table."""
@@ -91,6 +142,8 @@ PIPELINES: Mapping[str, str] = MappingProxyType(
         "sd21": "StableDiffusionPipeline",
         "sdxl": "StableDiffusionXLPipeline",
         "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
+        "tiny-sd15": "StableDiffusionPipeline",
+        "tiny-sdxl": "StableDiffusionXLPipeline",
     }
 )
 """Classes in diffusers by family."""

@@ -97,7 +97,7 @@ def _module(table: str, model: torch.nn.Module, path: str, weighted: torch.nn.Mo
     mark = "embedding" if type(weighted).__name__ == "Embedding" else None
     if table in UNETS:
         return Module("", path, shape, _unet_original(path, model), None, mark)
-    if table == "clip_l":  # published under the names that transformers gives it
+    if table.startswith("clip_"):  # published under the names that transformers gives it
         return Module("", path, shape, path, None, mark)
     rows = None
     leaf = path.rpartition(".")[2]

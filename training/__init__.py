@@ -1,0 +1,1 @@
+"""How the tiny base models and the adapters among the fixtures were made: `make bases`."""
