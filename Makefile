@@ -7,9 +7,9 @@ WORKERS ?= 2
 # Two spinning thread pools on two cores collapse; every process keeps to one thread.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test lint check test-slow bench tables clean
+.PHONY: demo test lint check test-slow bench tables bases adapters golden clean
 
-demo: $(VENV)/light
+demo: $(VENV)/full
 	$(BIN)/lora-convert demo
 
 test: lint check
@@ -20,7 +20,7 @@ lint: $(VENV)/full
 	$(BIN)/mypy
 
 check: $(VENV)/full
-	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) -m "not slow"
+	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/full
 	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) -m slow
@@ -30,6 +30,25 @@ bench: $(VENV)/full
 
 tables: $(VENV)/full
 	$(BIN)/python -m lora_convert.runtime.tables
+
+# Train the embedded base models again, from nothing: an autoencoder, then both models side by side, about 90 minutes.
+BASES := lora_convert/runtime/bases
+TRAINED := build/bases
+bases: $(VENV)/full
+	mkdir -p $(TRAINED)
+	$(ONE_THREAD) $(BIN)/python -m training.autoencoder $(TRAINED)/vae
+	$(ONE_THREAD) $(BIN)/python -m training.denoiser tiny-sd15 $(TRAINED)/vae $(BASES)/tiny-sd15 & \
+	$(ONE_THREAD) $(BIN)/python -m training.denoiser tiny-sdxl $(TRAINED)/vae $(BASES)/tiny-sdxl; wait
+	for base in tiny-sd15 tiny-sdxl; do \
+		$(ONE_THREAD) $(BIN)/python -m training.score $(BASES)/$$base --sheet docs/pictures/$$base.png; \
+	done
+
+# The adapters among the fixtures, trained on these bases by peft and LyCORIS.
+adapters: $(VENV)/full
+	$(ONE_THREAD) $(BIN)/python -m training.adapters fixtures/tiny
+
+golden: $(VENV)/full
+	$(ONE_THREAD) $(BIN)/lora-convert golden record fixtures/golden/suite.toml --update
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora-convert needs Python 3.11 or newer; name one with: make PYTHON=python3.12 …")'

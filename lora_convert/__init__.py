@@ -27,21 +27,34 @@ if TYPE_CHECKING:
     from lora_convert.converters.plan import Plan
     from lora_convert.inspect.detection import Detection
     from lora_convert.inspect.identify import identify
+    from lora_convert.runtime.applying import Applied, apply
+    from lora_convert.runtime.climb import climb
+    from lora_convert.runtime.picture import Drawing
+    from lora_convert.runtime.pipelines import open_pipeline
+    from lora_convert.runtime.rendering import Rendering, Settings, render
 
 __all__ = [
+    "Applied",
     "ConvertResult",
     "Detection",
+    "Drawing",
     "FileError",
     "Finding",
     "LoraConvertError",
     "OutputRecord",
     "Plan",
+    "Rendering",
+    "Settings",
     "UsageError",
     "ValidateResult",
     "__version__",
+    "apply",
+    "climb",
     "convert",
     "identify",
+    "open_pipeline",
     "plan",
+    "render",
     "validate",
 ]
 
@@ -49,6 +62,15 @@ _WHERE = {
     "Detection": "lora_convert.inspect.detection",
     "Plan": "lora_convert.converters.plan",
     "identify": "lora_convert.inspect.identify",
+    # what follows needs the `runtime` extra
+    "Applied": "lora_convert.runtime.applying",
+    "apply": "lora_convert.runtime.applying",
+    "climb": "lora_convert.runtime.climb",
+    "Drawing": "lora_convert.runtime.picture",
+    "open_pipeline": "lora_convert.runtime.pipelines",
+    "Rendering": "lora_convert.runtime.rendering",
+    "Settings": "lora_convert.runtime.rendering",
+    "render": "lora_convert.runtime.rendering",
 }
 _CALLS = "lora_convert.converters.convert"
 

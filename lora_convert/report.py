@@ -71,6 +71,16 @@ FINDINGS: Mapping[str, str] = {
     "not-for-a1111": "A1111 and Forge do not read all of it",
     "module-not-loaded": "a module of the file did not arrive in the model",
     "delta-mismatch": "the output does not change the weights as the source does",
+    # what was drawn
+    "prompt-truncated": "a prompt is longer than the text encoder reads",
+    "base-widths": "the base model given has the file's blocks in other widths, so that no picture is possible",
+    "picture-mismatch": "a picture is not what it should be",
+    "golden-missing": "there is no golden picture to compare with",
+    "golden-damaged": "a golden picture or its sidecar cannot be used",
+    "golden-outdated": "a golden picture was drawn with other settings",
+    "golden-unused": "golden pictures that no case of the suite draws",
+    "other-conditions": "golden pictures of another machine or version: wider tolerances were used",
+    "unsteady-picture": "a picture hangs on the last bits of the weights",
 }
 """Every finding's name and what it means; docs/findings.md explains each."""
 

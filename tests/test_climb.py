@@ -60,15 +60,11 @@ def test_an_earlier_failure_is_not_climbed_over():
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
-    import builtins
+    import importlib
 
-    real = builtins.__import__
+    def without_runtime(name):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    def without_runtime(name, *arguments, **options):
-        if name.startswith("lora_convert.runtime"):
-            raise ModuleNotFoundError("No module named 'torch'", name="torch")
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without_runtime)
+    monkeypatch.setattr(importlib, "import_module", without_runtime)
     assert run(["validate", str(LORA / "a_sdxl_lora.safetensors"), "--load"]) == 2
     assert 'pip install "lora-convert[runtime]"' in capsys.readouterr().err

@@ -159,6 +159,6 @@ def test_the_hub_page_runs(tmp_path):
 
 
 def test_wheels_carry_the_tables_and_the_sample():
-    for path in ("families/unet_sdxl.txt", "samples/kohya_sd15.safetensors", "py.typed"):
+    for path in ("families/unet_sdxl.txt", "samples/neon_kohya.safetensors", "py.typed"):
         assert (PACKAGE / path).is_file()
     assert not [path for path in Path(PACKAGE).rglob("*") if "helpers" in path.name or "utils" in path.name]

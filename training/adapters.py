@@ -41,9 +41,9 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "neon": Recipe("tiny-sd15", "peft", "neon", 4, 8.0, 3e-3, 260),
-    "striped_locon": Recipe("tiny-sd15", "lycoris", "striped", 4, 2.0, 3e-3, 260),
-    "neon_xl": Recipe("tiny-sdxl", "peft", "neon", 4, 8.0, 2e-3, 260),
+    "neon": Recipe("tiny-sd15", "peft", "neon", 4, 8.0, 3e-3, 200),
+    "striped_locon": Recipe("tiny-sd15", "lycoris", "striped", 4, 2.0, 3e-3, 200),
+    "neon_xl": Recipe("tiny-sdxl", "peft", "neon", 4, 8.0, 2e-3, 200),
 }
 
 

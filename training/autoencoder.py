@@ -115,6 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = train(options.steps)
+    print(quality(model))
     model.save_pretrained(options.folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from training.pictures import Scene, caption, draw, jittered, random_scene
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 _BATCH = 32
 _PER_CAPTION = 2  # pictures that share one encoded caption, which is a third of a step's work otherwise
-_FEW_TOKENS, _FEW_UNTIL = 24, 0.75  # padding costs as much as words; it is learnt in the last quarter
+_FEW_TOKENS, _FEW_UNTIL = 24, 0.6  # padding costs as much as words; it is learnt at the end
+_NOISY, _MOST_WEIGHT = 0.7, 60.0
 _DROPPED = 0.1  # of the captions, so that guidance has something to compare with
 
 
@@ -123,18 +125,29 @@ def predict(
 
 
 def losses(pipeline: Any, latents: Latents, steps: int, rng: np.random.Generator) -> Iterator[torch.Tensor]:
-    """The mean squared error of the predicted noise, batch after batch."""
+    """The squared error of the predicted noise, weighted by the inverse of the signal's share, batch after batch."""
     schedule = DDPMScheduler(**NOISE)
     for step in range(steps):
         clean, captions = latents.sample(rng)
         captions = [text if rng.random() >= _DROPPED else "" for text in captions]
-        # One time from each of as many equal parts, in any order: less noise in the loss than free choice.
-        parts = (torch.randperm(len(clean)) + torch.rand(len(clean))) / len(clean)
-        times = (parts * 1000).long()
+        times = _times(len(clean))
         noise = torch.randn_like(clean)
         noisy = schedule.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
         length = _FEW_TOKENS if step < _FEW_UNTIL * steps else 77
-        yield mse_loss(predict(pipeline, noisy, times, captions, length), noise)
+        error = mse_loss(predict(pipeline, noisy, times, captions, length), noise, reduction="none").mean((1, 2, 3))
+        yield (error * (1 / schedule.alphas_cumprod[times]).clamp(max=_MOST_WEIGHT)).mean()
+
+
+def _times(count: int) -> torch.Tensor:
+    """Half of them anywhere, half where there is almost only noise; each half spread evenly, in any order.
+
+    The colours of a picture are decided there, and a plain loss hardly sees them: weighted by the inverse of the
+    signal's share it is the loss of v-prediction.
+    """
+    half = count // 2
+    anywhere = (torch.randperm(count - half) + torch.rand(count - half)) / (count - half)
+    noisy = _NOISY + (1 - _NOISY) * (torch.randperm(half) + torch.rand(half)) / half
+    return (torch.cat([anywhere, noisy])[torch.randperm(count)] * 1000).long().clamp(max=999)
 
 
 def train(base: str, vae: AutoencoderKL, folder: Path, steps: int, seed: int = 0) -> DiffusionPipeline:
@@ -175,6 +188,10 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
     for name in ("tokenizer", "tokenizer_2"):
         if getattr(pipeline, name, None) is not None:
             tokenizer.save(folder / name)
+    for path in folder.glob("text_encoder*/config.json"):
+        # transformers loads a model in the dtype that is written here, diffusers its own models in float32
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:

@@ -17,8 +17,10 @@ import click
 
 import lora_convert
 from lora_convert._version import __version__
+from lora_convert.cli.golden import golden
 from lora_convert.cli.options import JSON, reading_options
 from lora_convert.cli.outcome import Outcome, each, failed, say
+from lora_convert.cli.render import render
 from lora_convert.cli.validate import validate
 from lora_convert.errors import LoraConvertError, UsageError
 from lora_convert.families import FAMILIES
@@ -38,6 +40,7 @@ def cli() -> None:
       lora-convert convert style.safetensors -o out/
       lora-convert convert pytorch_lora_weights.safetensors --to kohya -o style.safetensors
       lora-convert validate out/pytorch_lora_weights.safetensors --against style.safetensors
+      lora-convert render style.safetensors --base tiny-sd15 --prompt "a red circle" -o picture.png
     """
 
 
@@ -167,7 +170,8 @@ def convert(
     return each(files, _outputs(files, out), as_json, fail_on, one)
 
 
-cli.add_command(validate)
+for verb in (validate, render, golden):
+    cli.add_command(verb)
 
 
 @cli.command()

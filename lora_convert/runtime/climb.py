@@ -1,20 +1,24 @@
-"""The rungs of the proof that need torch, on top of those that do not: loading into the real classes."""
+"""The rungs of the proof that need torch, on top of those that do not: loading into the real classes, and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_convert.containers import Source, Target, opened
 from lora_convert.converters.adapters import read_adapter
-from lora_convert.converters.convert import ValidateResult, local_path, validate
+from lora_convert.converters.convert import Progress, ValidateResult, local_path, validate
 from lora_convert.converters.fidelity import Rung, relative_error
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import Detection
 from lora_convert.report import MOST_FINDINGS, Finding
 from lora_convert.runtime.loading import LoadedAdapter, LoadingError, load_adapter
+
+if TYPE_CHECKING:
+    from lora_convert.runtime.picture import Drawing
 
 __all__ = ["climb"]
 
@@ -22,19 +26,71 @@ _TOLERANCE = 2e-6
 """Relative error of a loaded ΔW: the loader multiplies in float32, and the scale is a quotient."""
 
 
-def climb(out: str | Path, against: Target | None = None, **options: Any) -> ValidateResult:
-    """`lora_convert.validate`, and if that passes, the rung `load`: the file is loaded by its pipeline's own loader.
+def climb(
+    out: str | Path,
+    against: Target | None = None,
+    *,
+    base: str | Path | None = None,
+    drawing: Drawing | None = None,
+    report: str | Path | None = None,
+    sheet: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ValidateResult:
+    """`lora_convert.validate`, and if that passes the rungs `load` and, with a `base`, `picture`.
 
-    `out` is a path or a hub address of a file in the Diffusers layout; options are those of `validate`. Every module of
-    the file must arrive in the real architecture (built without weights) with the ΔW that its tensors say, whatever the
-    loader itself reports; one that does not is the finding `module-not-loaded`.
+    `out` is a path or a hub address of a file in the Diffusers layout; options are those of `validate`. For `load`
+    every module of the file must arrive in the real architecture (built without weights) with the ΔW that its tensors
+    say, whatever the loader itself reports; one that does not is the finding `module-not-loaded`. For `picture` the
+    base model (see `open_pipeline`) draws alone, with the source merged into it, and with the file loaded: the last two
+    must agree within what rounding explains. `report` names an HTML page to write, `sheet` a PNG with all that was
+    drawn. Raises UsageError for a base that cannot be opened or is of another family.
     """
+    if base is not None or report is not None:
+        from lora_convert.runtime.picture import Drawing, prove
+        from lora_convert.runtime.proof_page import write_proof, write_sheet
+
     path = Path(local_path(str(out)))
-    result = validate(path, against, **options)
-    rung = _load(path, options.get("family")) if result.ok else Rung("skipped", "an earlier rung failed")
-    findings = (*result.findings, *rung.findings)
+    result = replace(validate(path, against, progress=progress, **options), file=str(out))
+    loaded = _load(path, options.get("family")) if result.ok else Rung("skipped", "an earlier rung failed")
+    result, gallery = _with(result, "load", loaded), None
+    if base is not None and loaded.status != "pass":
+        reason = loaded.reason if loaded.status == "skipped" else "an earlier rung failed"
+        result = _with(result, "picture", Rung("skipped", reason))
+    elif base is not None:
+        with _sources(path, against, options) as files:
+            error = result.worst_delta_error
+            rung, gallery = prove(path, *files, str(base), drawing or Drawing(), delta_error=error, progress=progress)
+        result = _with(result, "picture", rung)
+    if sheet is not None and gallery is not None:
+        write_sheet(Path(sheet), gallery)
+    if report is not None:
+        with _sources(path, against, options) as files:
+            write_proof(Path(report), result, *files, gallery)
+    return result
+
+
+@contextlib.contextmanager
+def _sources(
+    path: Path, against: Target | None, options: Mapping[str, Any]
+) -> Iterator[tuple[Source, Detection, Source, Detection]]:
+    """The file and its source, open, with what they are; a file without a source is its own."""
+    family, header = options.get("family"), {k: options[k] for k in ("max_header",) if k in options}
+    with contextlib.ExitStack() as opens:
+        output = opens.enter_context(opened(path, **header))
+        found = detect(output, family=family)
+        if against is None:
+            yield output, found, output, found
+            return
+        source = opens.enter_context(opened(local_path(against), skip=options.get("skip", ()), **header))
+        yield output, found, source, detect(source, family=family or found.family, config=options.get("config"))
+
+
+def _with(result: ValidateResult, name: str, rung: Rung) -> ValidateResult:
+    """The result with one more rung."""
     status = "fail" if rung.status == "fail" else result.status
-    return replace(result, file=str(out), rungs={**result.rungs, "load": rung}, findings=findings, status=status)
+    findings = (*result.findings, *rung.findings)
+    return replace(result, rungs={**result.rungs, name: rung}, findings=findings, status=status)
 
 
 def _load(path: Path, family: str | None) -> Rung:

@@ -22,7 +22,19 @@ from lora_convert.runtime.architectures import PIPELINES, build_component, canon
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-__all__ = ["LoadedAdapter", "LoadingError", "load_adapter"]
+__all__ = [
+    "LiveAdapters",
+    "LoadedAdapter",
+    "LoadingError",
+    "adapted_layers",
+    "collected_warnings",
+    "factors",
+    "has_values",
+    "load_adapter",
+    "load_weights",
+]
+
+_ADAPTER = "adapter"
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 """Of components whose tensors all have one half precision; any other mixture fits into float32."""
@@ -47,15 +59,17 @@ class LoadedAdapter:
     warnings: tuple[str, ...]
 
 
-class _Adapters(Mapping[str, Lora]):
-    def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
-        self._layers = layers
+class LiveAdapters(Mapping[str, Lora]):
+    """The factors that live layers hold for one adapter, by canonical name, float32, read anew at each look-up."""
+
+    def __init__(self, layers: Mapping[str, LoraLayer], adapter: str) -> None:
+        self._layers, self._adapter = layers, adapter
 
     def __getitem__(self, name: str) -> Lora:
-        down, up, scaling = _factors(self._layers[name])
-        return Lora(
-            down.float().flatten(1).numpy(), up.float().flatten(1).numpy(), None, scaling, tuple(down.shape[2:])
-        )
+        layer = self._layers[name]
+        down, up = (part.float().cpu() for part in factors(layer, self._adapter))
+        scale = layer.scaling[self._adapter]
+        return Lora(down.flatten(1).numpy(), up.flatten(1).numpy(), None, scale, tuple(down.shape[2:]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -78,11 +92,39 @@ class _Deltas(Mapping[str, torch.Tensor]):
         return len(self._adapters)
 
 
-def _factors(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A (r, in[, kh, kw]), B (out, r[, 1, 1]) and the scale of a live layer's one active adapter."""
-    (adapter,) = layer.active_adapters
+def factors(layer: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in[, kh, kw]) and B (out, r[, 1, 1]) of one adapter of a live layer."""
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    return down.get_parameter("weight").detach(), up.get_parameter("weight").detach(), layer.scaling[adapter]
+    return down.get_parameter("weight").detach(), up.get_parameter("weight").detach()
+
+
+def adapted_layers(components: Mapping[str, torch.nn.Module], adapter: str) -> dict[str, LoraLayer]:
+    """The live layers that have an adapter of that name, by canonical name (`unet.conv_in`)."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {}
+    for component, model in components.items():
+        prefix = f"{component}.{canonical_prefix(model)}"
+        for path, layer in model.named_modules():
+            if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+                layers[prefix + path] = layer
+    return layers
+
+
+def has_values(layer: LoraLayer, adapter: str) -> bool:
+    """Whether the loader gave the layer factors; it leaves a layer that it has none for on the meta device."""
+    return not any(part.is_meta for part in factors(layer, adapter))
+
+
+def load_weights(pipeline: Any, path: Path, adapter: str) -> None:
+    """Load a canonical file by the pipeline's public loader, as the adapter of that name.
+
+    Raises LoadingError, with the loader's own words, for whatever the loader raises.
+    """
+    try:
+        pipeline.load_lora_weights(str(path), adapter_name=adapter, use_safetensors=True, local_files_only=True)
+    except Exception as error:
+        raise LoadingError(f"{type(error).__name__}: {error}") from error
 
 
 def load_adapter(path: Path, family: str) -> LoadedAdapter:
@@ -94,19 +136,20 @@ def load_adapter(path: Path, family: str) -> LoadedAdapter:
     OSError or safetensors' SafetensorError for a file that cannot be read.
     """
     dtypes = _component_dtypes(path)
-    with _collected_warnings() as messages:
+    with collected_warnings() as messages:
         components = {part.name: build_component(family, part.name) for part in FAMILIES[family].components}
         for name, model in components.items():
             if name in dtypes:
                 _allocate_nothing(model, dtypes[name])
         pipeline = _pipeline(family, components)
         messages.clear()  # what importing the libraries says is not about this file
-        try:
-            pipeline.load_lora_weights(str(path), use_safetensors=True, local_files_only=True)
-        except Exception as error:
-            raise LoadingError(f"{type(error).__name__}: {error}") from error
-    layers = dict(_adapted(components))
-    return LoadedAdapter(family, _Adapters(layers), _Deltas(_Adapters(layers)), tuple(messages))
+        load_weights(pipeline, path, _ADAPTER)
+    layers = adapted_layers(components, _ADAPTER)
+    for name, layer in layers.items():
+        if not has_values(layer, _ADAPTER):
+            raise LoadingError(f"{name}: the loader adapted it but gave it no values")
+    adapters = LiveAdapters(layers, _ADAPTER)
+    return LoadedAdapter(family, adapters, _Deltas(adapters), tuple(messages))
 
 
 def _component_dtypes(path: Path) -> dict[str, torch.dtype]:
@@ -149,19 +192,6 @@ def _pipeline(family: str, components: Mapping[str, torch.nn.Module]) -> Any:
     return pipeline_class(**arguments | dict(components))
 
 
-def _adapted(components: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, LoraLayer]]:
-    from peft.tuners.lora import LoraLayer
-
-    for component, model in components.items():
-        prefix = f"{component}.{canonical_prefix(model)}"
-        for path, layer in model.named_modules():
-            if isinstance(layer, LoraLayer):
-                down, up, _ = _factors(layer)
-                if down.is_meta or up.is_meta:
-                    raise LoadingError(f"{prefix}{path}: the loader adapted it but gave it no values")
-                yield prefix + path, layer
-
-
 class _Collector(logging.Handler):
     def __init__(self, messages: list[str]) -> None:
         super().__init__(logging.WARNING)
@@ -175,20 +205,23 @@ class _Collector(logging.Handler):
 
 
 @contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """Collect what the libraries log and warn of, instead of printing it; no other thread should load meanwhile."""
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect what the libraries log and warn of, instead of printing it; no other thread should load meanwhile.
+
+    Their progress bars are off meanwhile, too.
+    """
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    progress_bars: Any = transformers_logging
-    shown = progress_bars.is_progress_bar_enabled()
     messages: list[str] = []
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
+    loggers = [
+        logging.getLogger(name) for name in ("diffusers", "transformers", "peft", "accelerate", "huggingface_hub")
+    ]
     saved = [(logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [_Collector(messages)], False
-    progress_bars.disable_progress_bar()
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with _no_bars(diffusers_logging, transformers_logging), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             for category in (RuntimeWarning, UserWarning):
                 warnings.simplefilter("always", category)
@@ -197,5 +230,16 @@ def _collected_warnings() -> Iterator[list[str]]:
     finally:
         for logger, (handlers, propagate) in zip(loggers, saved, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
-        if shown:
-            progress_bars.enable_progress_bar()
+
+
+@contextmanager
+def _no_bars(*libraries: Any) -> Iterator[None]:
+    """The libraries' progress bars switched off, those that are on."""
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
