@@ -188,10 +188,12 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
     for name in ("tokenizer", "tokenizer_2"):
         if getattr(pipeline, name, None) is not None:
             tokenizer.save(folder / name)
-    for path in folder.glob("text_encoder*/config.json"):
-        # transformers loads a model in the dtype that is written here, diffusers its own models in float32
+    for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
-        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+        config.pop("_name_or_path", None)  # where it was trained
+        if path.parent.name.startswith("text_encoder"):
+            config["dtype"] = "float32"  # in which transformers loads it; diffusers loads its own models so
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
