@@ -68,3 +68,14 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib, "import_module", without_runtime)
     assert run(["validate", str(LORA / "a_sdxl_lora.safetensors"), "--load"]) == 2
     assert 'pip install "lora-convert[runtime]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["file", "source"])
+def test_a_report_of_what_cannot_be_read_is_not_written(broken, tmp_path, capsys):
+    whole, cut, report = LORA / "a_sdxl_lora.safetensors", tmp_path / "cut.safetensors", tmp_path / "report.html"
+    cut.write_bytes(whole.read_bytes()[:1000])
+    files = [str(cut)] if broken == "file" else [str(whole), "--against", str(cut)]
+    assert run(["validate", *files, "--report", str(report)]) == 1
+    said = capsys.readouterr()
+    assert "malformed-header" in said.out and not said.err
+    assert not report.exists()

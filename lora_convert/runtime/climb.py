@@ -44,7 +44,8 @@ def climb(
     say, whatever the loader itself reports; one that does not is the finding `module-not-loaded`. For `picture` the
     base model (see `open_pipeline`) draws alone, with the source merged into it, and with the file loaded: the last two
     must agree within what rounding explains. `report` names an HTML page to write, `sheet` a PNG with all that was
-    drawn. Raises UsageError for a base that cannot be opened or is of another family.
+    drawn; of a file or source that cannot be read there is no report, only the result. Raises UsageError for a base
+    that cannot be opened or is of another family.
     """
     if base is not None or report is not None:
         from lora_convert.runtime.picture import Drawing, prove
@@ -64,7 +65,7 @@ def climb(
         result = _with(result, "picture", rung)
     if sheet is not None and gallery is not None:
         write_sheet(Path(sheet), gallery)
-    if report is not None:
+    if report is not None and result.family is not None:
         with _sources(path, against, options) as files:
             write_proof(Path(report), result, *files, gallery)
     return result

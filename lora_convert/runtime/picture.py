@@ -9,7 +9,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,7 @@ class Comparison:
             "prompt": self.prompt,
             "seed": self.seed,
             "latents": self.latents,
-            "tile_difference": self.pixels.tile_difference,
-            "tile_ssim": self.pixels.tile_ssim,
-            "flip": self.pixels.flip,
+            **asdict(self.pixels),
             "allowed": dict(self.allowed),
             "excess": self.excess,
             "effect": self.effect,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from lora_convert.families import FAMILIES
 from lora_convert.hashes import sha256_of
 from lora_convert.inspect.detection import Detection
 from lora_convert.report import counted
-from lora_convert.runtime.comparing import AMPLIFICATION, Difference, compare, difference_map
+from lora_convert.runtime.comparing import AMPLIFICATION, compare, difference_map
 from lora_convert.runtime.page import FileRecord, ModuleRow, PromptPictures, ReportPage, verdict, write_page
 
 if TYPE_CHECKING:
@@ -103,19 +104,11 @@ def _pictures(gallery: Gallery) -> Iterator[PromptPictures]:
             reference,
             converted,
             difference_map(reference, converted),
-            figures={"latents": found.latents, **_pixels(found.pixels), "excess": found.excess},
+            figures={"latents": found.latents, **asdict(found.pixels), "excess": found.excess},
             passed=found.excess <= 1,
             floor=found.allowed,
-            effect={"latents": found.effect, **_pixels(compare(base, converted))},
+            effect={"latents": found.effect, **asdict(compare(base, converted))},
         )
-
-
-def _pixels(difference: Difference) -> Mapping[str, float]:
-    return {
-        "tile_difference": difference.tile_difference,
-        "tile_ssim": difference.tile_ssim,
-        "flip": difference.flip,
-    }
 
 
 def _provenance(gallery: Gallery | None) -> Iterator[tuple[str, str]]:
@@ -134,14 +127,10 @@ def _provenance(gallery: Gallery | None) -> Iterator[tuple[str, str]]:
 
 
 def _command(result: ValidateResult, gallery: Gallery | None, report: Path) -> str:
-    parts = ["lora-convert validate", _quoted(Path(result.file).name)]
+    parts = ["lora-convert validate", shlex.quote(Path(result.file).name)]
     if result.against:
-        parts += ["--against", _quoted(Path(result.against).name)]
+        parts += ["--against", shlex.quote(Path(result.against).name)]
     if gallery:
-        parts += ["--base", _quoted(str(gallery.base.get("name", "BASE")))]
+        parts += ["--base", shlex.quote(str(gallery.base.get("name", "BASE")))]
         parts += ["--steps", str(gallery.settings.steps), "--seed", str(gallery.settings.seed)]
-    return " ".join([*parts, "--report", _quoted(report.name)])
-
-
-def _quoted(name: str) -> str:
-    return shlex.quote(name)
+    return " ".join([*parts, "--report", shlex.quote(report.name)])
