@@ -25,6 +25,7 @@ from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.report import MOST_FINDINGS, Finding, counted, shown
 from lora_convert.runtime.loading import (
+    LOADED_TOLERANCE,
     LiveAdapters,
     LoadingError,
     adapted_layers,
@@ -32,6 +33,9 @@ from lora_convert.runtime.loading import (
     factors,
     has_values,
     load_weights,
+    not_adapted,
+    not_loaded,
+    off_by,
 )
 from lora_convert.runtime.pipelines import family_of, live_components
 from lora_convert.runtime.scaling import Scale, plain_scale, scales_by_module
@@ -41,9 +45,6 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 __all__ = ["Applied", "Scale", "applied", "apply"]
-
-_TOLERANCE = 2e-6
-"""Relative error of a live ΔW against the file's, rounded to the pipeline's dtype: the scale is a quotient."""
 
 
 class Applied:
@@ -211,7 +212,7 @@ def _refuse_fused(components: Mapping[str, torch.nn.Module]) -> None:
 def _refuse_absent(components: Mapping[str, torch.nn.Module], found: Detection) -> None:
     modules = [target for module in found.payload for target in module.modules if target.component not in components]
     message = "It is in the file, but the pipeline has no {}."
-    findings = [_not_loaded(module.name, message.format(module.component)) for module in modules[:MOST_FINDINGS]]
+    findings = [not_loaded(module.name, message.format(module.component)) for module in modules[:MOST_FINDINGS]]
     if findings:
         raise FileError(findings)
 
@@ -265,7 +266,7 @@ def _load_weights(pipeline: Any, path: Path, name: str) -> None:
         load_weights(pipeline, path, name)
     except LoadingError as error:
         message = f"The loader failed: {shown(' '.join(str(error).split()), 300).rstrip('.')}."
-        raise FileError([Finding("module-not-loaded", "error", "", message)]) from error
+        raise FileError([not_loaded("", message)]) from error
 
 
 @dataclass(frozen=True)
@@ -326,29 +327,22 @@ def _forget(model: torch.nn.Module, name: str) -> None:
 def _compared(source: Source, found: Detection, layers: Mapping[str, LoraLayer], name: str) -> list[Finding]:
     """Every module of the file against what arrived. Raises FileError if anything is missing or wrong."""
     expected = {module.modules[0].name: module for module in found.payload}
-    findings = [
-        _not_loaded(module, "It is in the file, but the loader did not adapt it.")
-        for module in expected.keys() - layers
-    ]
+    findings = [not_adapted(module) for module in expected.keys() - layers]
     findings += [
-        _not_loaded(module, "The loader adapted it, but it is not in the file.") for module in layers.keys() - expected
+        not_loaded(module, "The loader adapted it, but it is not in the file.") for module in layers.keys() - expected
     ]
     live = LiveAdapters(layers, name)
     for module, layer in layers.items():
         if module not in expected:
             continue
         if not has_values(layer, name):
-            findings.append(_not_loaded(module, "The loader adapted it, but gave it no values."))
+            findings.append(not_loaded(module, "The loader adapted it, but gave it no values."))
         else:
             findings += _compare(module, source, expected[module], live[module], factors(layer, name)[0].dtype)
     errors = sorted((finding for finding in findings if finding.severity == "error"), key=lambda f: f.subject)
     if errors:
         raise FileError(errors[:MOST_FINDINGS])
     return _summary(findings)
-
-
-def _not_loaded(module: str, message: str) -> Finding:
-    return Finding("module-not-loaded", "error", module, message)
 
 
 def _compare(name: str, source: Source, module: AdaptedModule, live: Lora, dtype: torch.dtype) -> Iterator[Finding]:
@@ -359,8 +353,8 @@ def _compare(name: str, source: Source, module: AdaptedModule, live: Lora, dtype
     if not (np.isfinite(expected.down).all() and np.isfinite(expected.up).all()):
         fix = "Open the pipeline with dtype bfloat16 or float32."
         yield Finding("overflow", "error", name, f"Values of it do not fit the pipeline's {precision}.", fix)
-    elif not (error := relative_error(expected, live)) <= _TOLERANCE:
-        yield _not_loaded(name, f"It arrived changed: its ΔW is off by {error:.2e} of its norm.")
+    elif not (error := relative_error(expected, live)) <= LOADED_TOLERANCE:
+        yield off_by(name, error)
     elif any(part.any() and not kept.any() for part, kept in _pairs(stored, expected)):
         yield Finding("underflow", "warning", name, f"All values of a matrix became zero in {precision}.")
 

@@ -15,15 +15,20 @@ from lora_convert.converters.fidelity import Rung, relative_error
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import Detection
 from lora_convert.report import MOST_FINDINGS, Finding
-from lora_convert.runtime.loading import LoadedAdapter, LoadingError, load_adapter
+from lora_convert.runtime.loading import (
+    LOADED_TOLERANCE,
+    LoadedAdapter,
+    LoadingError,
+    load_adapter,
+    not_adapted,
+    not_loaded,
+    off_by,
+)
 
 if TYPE_CHECKING:
     from lora_convert.runtime.picture import Drawing
 
 __all__ = ["climb"]
-
-_TOLERANCE = 2e-6
-"""Relative error of a loaded ΔW: the loader multiplies in float32, and the scale is a quotient."""
 
 
 def climb(
@@ -102,28 +107,20 @@ def _load(path: Path, family: str | None) -> Rung:
         try:
             loaded = load_adapter(path, found.family)
         except LoadingError as error:
-            failure = Finding("module-not-loaded", "error", "", f"The loader failed: {error}.")
-            return Rung("fail", "the loader raised", findings=(failure,))
+            return Rung("fail", "the loader raised", findings=(not_loaded("", f"The loader failed: {error}."),))
         return _compare(source, found, loaded)
 
 
 def _compare(source: Source, found: Detection, loaded: LoadedAdapter) -> Rung:
     """Every module of the file against what arrived."""
     expected = {module.modules[0].name: module for module in found.payload}
-    findings = [
-        Finding("module-not-loaded", "error", name, "It is in the file, but the loader did not adapt it.")
-        for name in expected.keys() - loaded.adapters.keys()
-    ]
+    findings = [not_adapted(name) for name in expected.keys() - loaded.adapters.keys()]
     errors = {
         name: relative_error(read_adapter(source, module).to_lora(), loaded.adapters[name])
         for name, module in expected.items()
         if name in loaded.adapters
     }
-    wrong = {name: error for name, error in errors.items() if error > _TOLERANCE}
-    findings += [
-        Finding("module-not-loaded", "error", name, f"It arrived changed: its ΔW is off by {error:.2e} of its norm.")
-        for name, error in wrong.items()
-    ]
+    findings += [off_by(name, error) for name, error in errors.items() if error > LOADED_TOLERANCE]
     figures: Mapping[str, Any] = {
         "modules": len(expected),
         "loaded": len(loaded.adapters),

@@ -17,12 +17,14 @@ from safetensors import safe_open
 from lora_convert.converters.adapters import Lora
 from lora_convert.errors import LoraConvertError, Unrepresentable
 from lora_convert.families import FAMILIES
+from lora_convert.report import Finding
 from lora_convert.runtime.architectures import PIPELINES, build_component, canonical_prefix
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 __all__ = [
+    "LOADED_TOLERANCE",
     "LiveAdapters",
     "LoadedAdapter",
     "LoadingError",
@@ -32,7 +34,13 @@ __all__ = [
     "has_values",
     "load_adapter",
     "load_weights",
+    "not_adapted",
+    "not_loaded",
+    "off_by",
 ]
+
+LOADED_TOLERANCE = 2e-6
+"""Relative error of a loaded ΔW: the loader multiplies in float32, and the scale is a quotient."""
 
 _ADAPTER = "adapter"
 
@@ -114,6 +122,21 @@ def adapted_layers(components: Mapping[str, torch.nn.Module], adapter: str) -> d
 def has_values(layer: LoraLayer, adapter: str) -> bool:
     """Whether the loader gave the layer factors; it leaves a layer that it has none for on the meta device."""
     return not any(part.is_meta for part in factors(layer, adapter))
+
+
+def not_loaded(module: str, message: str) -> Finding:
+    """The finding that a module is not in the model as it is in the file."""
+    return Finding("module-not-loaded", "error", module, message)
+
+
+def not_adapted(module: str) -> Finding:
+    """The finding that the loader passed a module over."""
+    return not_loaded(module, "It is in the file, but the loader did not adapt it.")
+
+
+def off_by(module: str, error: float) -> Finding:
+    """The finding that a module's ΔW arrived with a relative error above `LOADED_TOLERANCE`."""
+    return not_loaded(module, f"It arrived changed: its ΔW is off by {error:.2e} of its norm.")
 
 
 def load_weights(pipeline: Any, path: Path, adapter: str) -> None:
