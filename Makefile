@@ -27,6 +27,8 @@ test-slow: $(VENV)/full
 
 bench: $(VENV)/full
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/lycoris.py
+	$(BIN)/python benchmarks/merge.py
 
 tables: $(VENV)/full
 	$(BIN)/python -m lora_convert.runtime.tables
@@ -43,9 +45,10 @@ bases: $(VENV)/full
 		$(ONE_THREAD) $(BIN)/python -m training.score $(BASES)/$$base --sheet docs/pictures/$$base.png; \
 	done
 
-# The adapters among the fixtures, trained on these bases by peft and LyCORIS.
+# The adapters among the fixtures: trained on these bases by peft and LyCORIS, and of every kind with random values.
 adapters: $(VENV)/full
 	$(ONE_THREAD) $(BIN)/python -m training.adapters fixtures/tiny
+	$(ONE_THREAD) $(BIN)/python -m training.kinds fixtures/tiny/kinds
 
 golden: $(VENV)/full
 	$(ONE_THREAD) $(BIN)/lora-convert golden record fixtures/golden/suite.toml --update

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 # This process stays small on purpose: the peak memory of a child begins with that of the process it is forked from.
 
@@ -42,6 +42,13 @@ _HASH_ALONE = (
 )
 
 
+class Command(Protocol):
+    """What is measured: a command line that reads a file and writes, if it writes, into a folder."""
+
+    @property
+    def command(self) -> Callable[[str, str], Sequence[str]]: ...
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the table: a command that reads `file` and writes, if it writes, into `folder`."""
@@ -51,12 +58,12 @@ class Case:
     command: Callable[[str, str], Sequence[str]]
 
 
-def _python(*arguments: str) -> list[str]:
+def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def _lora_convert(*arguments: str) -> list[str]:
-    return _python("-m", "lora_convert", *arguments, "--json")
+def lora_convert(*arguments: str) -> list[str]:
+    return python("-m", "lora_convert", *arguments, "--json")
 
 
 def _copy_and_sync(file: str, folder: str) -> list[str]:
@@ -64,22 +71,22 @@ def _copy_and_sync(file: str, folder: str) -> list[str]:
 
 
 def _diffusers(file: str, folder: str) -> list[str]:
-    return _python(str(HERE / "with_diffusers.py"), file, folder)
+    return python(str(HERE / "with_diffusers.py"), file, folder)
 
 
 def _convert(*options: str) -> Callable[[str, str], Sequence[str]]:
-    return lambda file, folder: _lora_convert("convert", file, "-o", folder, *options)
+    return lambda file, folder: lora_convert("convert", file, "-o", folder, *options)
 
 
 CASES = (
     Case("cp", "a: `cp`", lambda file, folder: ["cp", file, f"{folder}/copy"]),
     Case("cp+sync", "`cp`, then `sync` of the copy", _copy_and_sync),
     Case("diffusers", "b: diffusers, load and save", _diffusers),
-    Case("sha256", "c: one SHA-256 (Python's hashlib)", lambda file, folder: _python("-c", _HASH, file)),
+    Case("sha256", "c: one SHA-256 (Python's hashlib)", lambda file, folder: python("-c", _HASH, file)),
     Case("no-validate", "d: `convert --no-validate`", _convert("--no-validate")),
     Case("header", "e: `convert --alpha header --no-validate`", _convert("--alpha", "header", "--no-validate")),
     Case("convert", "f: `convert`", _convert()),
-    Case("inspect", "g: `inspect`", lambda file, folder: _lora_convert("inspect", file)),
+    Case("inspect", "g: `inspect`", lambda file, folder: lora_convert("inspect", file)),
 )
 
 
@@ -114,7 +121,7 @@ def run(command: Sequence[str]) -> Run:
     return Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * _MEMORY_UNIT / 1e6)
 
 
-def measure(case: Case, file: Path, base: Path) -> Run:
+def measure(case: Command, file: Path, base: Path) -> Run:
     """One run of a case in a folder of its own."""
     folder = base / "out"
     folder.mkdir()
@@ -127,7 +134,7 @@ def measure(case: Case, file: Path, base: Path) -> Run:
 
 def _pure_hashing(file: Path) -> float:
     """Seconds for SHA-256 of the bytes in memory, without starting Python and reading."""
-    command = _python("-c", _HASH_ALONE, str(file))
+    command = python("-c", _HASH_ALONE, str(file))
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -212,7 +219,7 @@ def _table(by_key: Mapping[str, Run]) -> Sequence[str]:
     return lines
 
 
-def _limit_table(checked: Sequence[Limit]) -> Sequence[str]:
+def limit_table(checked: Sequence[Limit]) -> Sequence[str]:
     lines = ["| limit | figure | at most | of it | |", "|---|---:|---:|---:|---|"]
     for limit in checked:
         figure, most = (
@@ -226,7 +233,7 @@ def _limit_table(checked: Sequence[Limit]) -> Sequence[str]:
 def benchmark(runs: int, base: Path) -> dict[str, Any]:
     """Make the file, take the turns and print the tables; returns the same as data."""
     file = base / "sample.safetensors"
-    run(_python(str(HERE / "sample.py"), str(file)))
+    run(python(str(HERE / "sample.py"), str(file)))
     facts = machine(base)
     taken: dict[str, list[Run]] = {case.key: [] for case in CASES}
     hashing = []
@@ -245,7 +252,7 @@ def benchmark(runs: int, base: Path) -> dict[str, Any]:
     print(f"A file of {file.stat().st_size:,} bytes; medians of {runs} runs; SHA-256 alone {median(hashing):.3f} s.\n")
     print("\n".join(f"- {name}: {value}" for name, value in facts.items()), end="\n\n")
     print("\n".join(_table(by_key)), end="\n\n")
-    print("\n".join(_limit_table(checked)))
+    print("\n".join(limit_table(checked)))
     return {
         "machine": facts,
         "bytes": file.stat().st_size,

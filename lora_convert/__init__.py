@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         plan,
         validate,
     )
+    from lora_convert.converters.merge import MergeResult, merge
     from lora_convert.converters.plan import Plan
     from lora_convert.inspect.detection import Detection
     from lora_convert.inspect.identify import identify
@@ -41,6 +42,7 @@ __all__ = [
     "FileError",
     "Finding",
     "LoraConvertError",
+    "MergeResult",
     "OutputRecord",
     "Plan",
     "Rendering",
@@ -52,6 +54,7 @@ __all__ = [
     "climb",
     "convert",
     "identify",
+    "merge",
     "open_pipeline",
     "plan",
     "render",
@@ -60,6 +63,8 @@ __all__ = [
 
 _WHERE = {
     "Detection": "lora_convert.inspect.detection",
+    "MergeResult": "lora_convert.converters.merge",
+    "merge": "lora_convert.converters.merge",
     "Plan": "lora_convert.converters.plan",
     "identify": "lora_convert.inspect.identify",
     # what follows needs the `runtime` extra

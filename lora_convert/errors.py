@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lora_convert.report import Finding
 
-__all__ = ["FileError", "LoraConvertError", "Unrepresentable", "UsageError"]
+__all__ = ["BaseNeeded", "FileError", "LoraConvertError", "Unrepresentable", "UsageError"]
 
 
 class LoraConvertError(Exception):
@@ -32,6 +32,10 @@ class FileError(LoraConvertError):
 
 class Unrepresentable(LoraConvertError):  # noqa: N818 (a property of the adapter, not a mistake)
     """An adapter has no exact form of the kind asked for; the message says why."""
+
+
+class BaseNeeded(Unrepresentable):
+    """What an adapter changes depends on the base model's weights, and none were given."""
 
 
 def raise_errors(strict: bool, findings: Sequence[Finding]) -> None:

@@ -19,7 +19,7 @@ from lora_convert.cli import cli, run
 from lora_convert.cli.demo import run_demo
 
 FILE = str(LORA / "k_sd15_excerpt_f32.safetensors")
-LOKR = str(LORA / "a_sdxl_lokr.safetensors")
+OFT = str(LORA / "k_sd15_oft.safetensors")
 K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 
 
@@ -51,10 +51,10 @@ def test_inspect_text(call):
 
 
 def test_inspect_json_is_one_line_per_file(call):
-    status, out, err = call("inspect", "--json", FILE, LOKR, "/nonexistent.safetensors")
+    status, out, err = call("inspect", "--json", FILE, OFT, "/nonexistent.safetensors")
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 1 and not err
-    assert [record["family"] for record in records] == ["sd15", "sdxl", None]
+    assert [record["family"] for record in records] == ["sd15", "sd15", None]
     assert records[2]["findings"][0]["name"] == "unreadable"
 
 
@@ -86,15 +86,15 @@ def test_convert_json(call, tmp_path):
 
 
 def test_a_refused_file_does_not_stop_the_others(call, tmp_path):
-    status, out, _ = call("convert", LOKR, FILE, "-o", tmp_path, "--json")
+    status, out, _ = call("convert", OFT, FILE, "-o", tmp_path, "--json")
     assert status == 1
     assert [json.loads(line)["status"] for line in out.splitlines()] == ["refused", "converted"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["k_sd15_excerpt_f32"]
 
 
 def test_refusal_in_text(call, tmp_path):
-    status, out, _ = call("convert", LOKR, "-o", tmp_path / "o")
-    assert status == 1 and "refused, nothing was written" in out and "LoKr" in out
+    status, out, _ = call("convert", OFT, "-o", tmp_path / "o")
+    assert status == 1 and "refused, nothing was written" in out and "OFT" in out
 
 
 def test_dry_run_writes_nothing(call, tmp_path):
@@ -109,7 +109,7 @@ def test_dry_run_writes_nothing(call, tmp_path):
     [
         (["convert", FILE], "-o"),
         (["convert", FILE, FILE, "-o", "x"], "two of the files"),
-        (["convert", FILE, LOKR, "-o", "x.safetensors"], "cannot all become"),
+        (["convert", FILE, OFT, "-o", "x.safetensors"], "cannot all become"),
         (["convert", FILE, "-o", FILE], "is an input"),
         (["convert", FILE, "--to", "peftt", "-o", "x"], "Invalid value"),
         (["convert", FILE, "--to", "kohya", "--alpha", "fold", "-o", "x"], "--alpha fold"),
@@ -255,7 +255,7 @@ def test_names_never_leave_the_output_folder(call, tmp_path):
 
 
 def test_wrong_use_with_one_file_does_not_stop_the_others(call, tmp_path):
-    assert call("convert", FILE, LOKR, "-o", tmp_path)[0] == 1
+    assert call("convert", FILE, OFT, "-o", tmp_path)[0] == 1
     other = str(LORA / "k_sd15_dylora.safetensors")
     status, out, err = call("convert", FILE, other, "-o", tmp_path, "--json")
     records = [json.loads(line) for line in out.splitlines()]
@@ -287,7 +287,7 @@ def test_validate_says_which_file_is_wrong(call):
     record = json.loads(call("validate", FILE, "--against", "/nonexistent.safetensors", "--json")[1])
     assert record["against"] == "/nonexistent.safetensors"
     assert record["findings"][0]["message"].startswith("(in the source)")
-    assert call("validate", LOKR, "--against", LOKR)[0] == 1
+    assert call("validate", FILE, "--against", OFT)[0] == 1
     assert call("validate", FILE, "--skip", "*")[0] == 2
 
 

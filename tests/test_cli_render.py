@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LORA
+from conftest import FIXTURES, LORA
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -296,3 +296,13 @@ def test_the_record_names_no_place(call, adapters, tmp_path):
     assert call(adapters[0], *ASKED, "-o", tmp_path / "x.png")[0] == 0
     text = json.dumps(rendering.read_record(tmp_path / "x.png"))
     assert str(adapters[0].parent) not in text and os.uname().nodename not in text
+
+
+@pytest.mark.parametrize(("kind", "options"), [("partial_dora", {}), ("lokr", {"to": "peft"})])
+def test_a_folder_that_convert_wrote_is_drawn_with(call, tmp_path, kind, options):
+    source = FIXTURES / "tiny" / "kinds" / f"{kind}.safetensors"
+    lora_convert.convert(source, tmp_path / "o", **options)
+    status, out, _ = call(*ASKED, "-o", tmp_path / "p.png", tmp_path / "o", "--json")
+    record = json.loads(out)
+    assert (status, record["status"]) == (0, "rendered")
+    assert record["adapters"][0]["modules"] == len(lora_convert.identify(source).payload)

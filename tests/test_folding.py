@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lora_convert.converters.folding import rescaled, split_scale
+from lora_convert.converters.values import to_half
 
 F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
 BF16, E4M3, E5M2 = (
@@ -224,3 +225,17 @@ def test_products_are_rounded_to_the_nearest(before, after, factor):
 def test_what_needs_no_change_is_not_touched(dtype):
     values = np.frombuffer(np.random.default_rng(0).bytes(1 << 16), dtype)
     assert rescaled(values, 1.0, dtype) is values
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-5, 1e-8, 2e4, 1e6])
+def test_halves_are_numpys(scale):
+    values = (np.random.default_rng(0).standard_normal((64, 129)) * scale).astype(np.float32)
+    with np.errstate(over="ignore"):
+        assert to_half(values).tobytes() == values.astype(np.float16).tobytes()
+
+
+def test_halves_round_ties_to_even():
+    halves = np.arange(0x0400, 0x7BFF, dtype=np.uint16).view(np.float16).astype(np.float32)
+    ties = (halves[1:] + halves[:-1]) / 2
+    for values in (halves, ties, -ties, np.nextafter(ties, np.float32(9e9)), np.nextafter(ties, np.float32(0))):
+        assert to_half(values).tobytes() == values.astype(np.float16).tobytes()

@@ -18,6 +18,8 @@ import pytest
 from conftest import LORA, ROOT
 
 import lora_convert
+from lora_convert.cli.text import kinds_table
+from lora_convert.converters.adapters import KINDS
 from lora_convert.report import FINDINGS, Finding
 
 PACKAGE = ROOT / "lora_convert"
@@ -151,11 +153,16 @@ def test_the_hub_page_runs(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(
         code + "\n\nif __name__ == '__main__':\n"
-        f"    files = [Path({str(FILE)!r}), Path({str(LORA / 'a_sdxl_lokr.safetensors')!r}), Path({str(script)!r})]\n"
+        f"    files = [Path({str(FILE)!r}), Path({str(LORA / 'k_sd15_oft.safetensors')!r}), Path({str(script)!r})]\n"
         f"    print([r['accepted'] for r in publish_all(files, Path({str(tmp_path / 'store')!r}))])\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("[True, False, False]", "")
+
+
+def test_readmes_table_of_kinds_is_the_registrys():
+    table = (ROOT / "README.md").read_text().split("<!-- kinds -->\n")[1].split("<!-- /kinds -->")[0]
+    assert table == "\n".join(kinds_table(KINDS)) + "\n"
 
 
 def test_wheels_carry_the_tables_and_the_sample():

@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 
 from safetensors.torch import save_file  # noqa: E402
 
-from lora_convert.errors import Unrepresentable  # noqa: E402
+from lora_convert.converters.adapters import BaseNeeded, Dora  # noqa: E402
 from lora_convert.families import FAMILIES  # noqa: E402
 from lora_convert.runtime.loading import LoadingError, load_adapter  # noqa: E402
 
@@ -63,8 +63,8 @@ def factors(family: str, names: tuple[str, ...], dtype: Any) -> Factors:
     return made
 
 
-def write(path: Path, modules: Factors, extra: Mapping[str, Any] | None = None) -> Path:
-    """Write a canonical file: PEFT's names, and the scales in the header."""
+def write(path: Path, modules: Factors, extra: Mapping[str, Any] | None = None, *flags: str) -> Path:
+    """Write a canonical file: PEFT's names, and the scales in the header, with what else is true of every component."""
     tensors = dict(extra or {})
     header: dict[str, Any] = {}
     for name, (down, up, alpha) in modules.items():
@@ -77,6 +77,7 @@ def write(path: Path, modules: Factors, extra: Mapping[str, Any] | None = None) 
         header.setdefault(f"{component}.rank_pattern", {})[pattern] = down.shape[0]
         header.setdefault(f"{component}.alpha_pattern", {})[pattern] = alpha
         header.setdefault(f"{component}.target_modules", []).append(module)
+        header |= {f"{component}.{flag}": True for flag in flags}
     save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(header)})
     return path
 
@@ -133,11 +134,57 @@ def test_what_the_loader_refuses_is_reported_in_its_words(tmp_path: Path) -> Non
         load_adapter(write(tmp_path / "lora.safetensors", modules), "sd15")
 
 
-@pytest.mark.parametrize("parameter", ["lora_magnitude_vector.weight", "lora_B.bias"])
-def test_more_than_a_weight_change_is_refused(parameter: str, tmp_path: Path) -> None:
-    modules = factors("sd15", ("unet.conv_in",), torch.float16)
-    path = write(tmp_path / "lora.safetensors", modules, {f"unet.conv_in.{parameter}": torch.ones(320)})
-    with pytest.raises(Unrepresentable, match=rf"^unet\.conv_in\.{parameter}: "):
+def magnitudes(family: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """A magnitude for every module, as peft stores it."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: FAMILIES[family].modules[name].shape for name in names}
+    return {
+        f"{name}.lora_magnitude_vector.weight": 1
+        + torch.rand((1, shape[0], 1, 1) if len(shape) == 4 else shape[:1], generator=generator)
+        for name, shape in shapes.items()
+    }
+
+
+def biases(family: str, names: tuple[str, ...]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        f"{name}.lora_B.bias": torch.randn(FAMILIES[family].modules[name].shape[0], generator=generator)
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("file", ["sd15", "sdxl"])
+def test_magnitudes_arrive(file: str, tmp_path: Path) -> None:
+    """Without the base model's weights: the norm that peft begins with is that of zeros."""
+    family, names = FILES[file]
+    extra = magnitudes(family, names)
+    path = write(tmp_path / "dora.safetensors", factors(family, names, torch.float32), extra, "use_dora")
+    loaded = load_adapter(path, family)
+    assert set(loaded.adapters) == set(names) and loaded.warnings == ()
+    for name in names:
+        live = loaded.adapters[name]
+        assert isinstance(live, Dora)
+        assert np.array_equal(live.magnitude, extra[f"{name}.lora_magnitude_vector.weight"].flatten().numpy())
+        with pytest.raises(BaseNeeded, match="base model's weights"):
+            loaded.deltas[name]
+
+
+def test_biases_arrive_with_their_scale(tmp_path: Path) -> None:
+    names = UNET_AND_FIRST_ENCODER
+    modules, extra = factors("sd15", names, torch.float32), biases("sd15", names)
+    loaded = load_adapter(write(tmp_path / "bias.safetensors", modules, extra, "lora_bias"), "sd15")
+    assert set(loaded.adapters) == set(names)
+    for name, (down, _, alpha) in modules.items():
+        expected = alpha / down.shape[0] * extra[f"{name}.lora_B.bias"].double().numpy()
+        assert np.allclose(loaded.adapters[name].deltas()["bias"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("flag", "extra"), [("use_dora", magnitudes), ("lora_bias", biases)])
+def test_a_part_that_only_some_modules_have_is_an_error(flag: str, extra: Any, tmp_path: Path) -> None:
+    """The loader leaves the others' on the meta device, where the first picture would fail."""
+    names = UNET_AND_FIRST_ENCODER[:3]
+    path = write(tmp_path / "some.safetensors", factors("sd15", names, torch.float32), extra("sd15", names[:2]), flag)
+    with pytest.raises(LoadingError, match=f"{names[2]}: the loader adapted it but gave it no values"):
         load_adapter(path, "sd15")
 
 

@@ -494,16 +494,12 @@ def test_the_base_decides_where_the_file_fits_several_families(pipeline, tmp_pat
         assert (adapter.family, adapter.modules) == ("tiny-sd15", 2)
 
 
-def test_what_cannot_be_converted_cannot_be_applied(pipeline, tmp_path, file):
+def test_what_cannot_be_converted_cannot_be_applied(pipeline, tmp_path):
     name = "lora_unet_" + PLACES[2].removeprefix("unet.").replace(".", "_")
-    parts = {"w1_a": (32, 2), "w1_b": (2, 64), "w2_a": (32, 2), "w2_b": (2, 64)}
-    loha = {f"{name}.hada_{part}": np.ones(shape, np.float32) for part, shape in parts.items()}
-    save_file(loha, tmp_path / "loha.safetensors")
-    (finding,) = errors_of(lambda: apply(pipeline, tmp_path / "loha.safetensors"))
-    assert finding.name == "unsupported-kind" and "LoHa" in finding.message
-    magnitudes = load_file(file) | {f"{PLACES[2]}.lora_magnitude_vector.weight": np.ones(32, np.float32)}
-    save_file(magnitudes, tmp_path / "dora.safetensors")
-    assert errors_of(lambda: apply(pipeline, tmp_path / "dora.safetensors"))[0].name == "unsupported-kind"
+    whole = {f"{name}.lokr_w1": np.eye(4, dtype=np.float32), f"{name}.lokr_w2": np.ones((8, 16), np.float32)}
+    save_file(whole, tmp_path / "lokr.safetensors")
+    (finding,) = errors_of(lambda: apply(pipeline, tmp_path / "lokr.safetensors"))
+    assert finding.name == "rank-needed" and "LoKr" in finding.message
     assert errors_of(lambda: apply(pipeline, tmp_path / "absent.safetensors"))[0].name == "unreadable"
     (tmp_path / "page.safetensors").write_text("<html>")
     assert errors_of(lambda: apply(pipeline, str(tmp_path / "page.safetensors")))[0].name == "not-weights"

@@ -181,6 +181,17 @@ def test_all_rows_are_in_the_page_the_worst_first_and_a_few_shown(page):
     assert "exact" in page.text  # an error of zero is more than small
 
 
+def test_what_else_than_the_weight_changes_has_a_column_where_there_is_any(page):
+    columns = [attributes.get("data-column") for attributes in page.all("th")]
+    assert "parts" not in columns
+    rows = [replace(module_rows()[0], parts=("weight", "magnitude")), *module_rows()[1:]]
+    varied = Page(page_html(report(modules=rows)))
+    assert "parts" in [attributes.get("data-column") for attributes in varied.all("th")]
+    assert varied.text.count("weight, magnitude") == 1
+    without = ModuleRow("unet.conv_norm_out", "norm", None, None, None, None, None, ("weight", "bias"))
+    assert "weight, bias" in Page(page_html(report(modules=[without]))).text
+
+
 def test_blocks_in_the_order_of_the_model_with_those_that_are_not_adapted(page):
     section = page.text[page.text.index("Where the adapter acts") : page.text.index("Largest error first")]
     labels = re.findall(r"^(down \d|mid|up \d|other|layer \d)$", section, re.MULTILINE)

@@ -18,7 +18,8 @@ import click
 import lora_convert
 from lora_convert._version import __version__
 from lora_convert.cli.golden import golden
-from lora_convert.cli.options import JSON, reading_options
+from lora_convert.cli.merge import merge
+from lora_convert.cli.options import JSON, rank_options, reading_options
 from lora_convert.cli.outcome import Outcome, each, failed, say
 from lora_convert.cli.render import render
 from lora_convert.cli.validate import validate
@@ -110,9 +111,17 @@ def _outputs(files: tuple[str, ...], out: Path | None) -> Sequence[Path | None]:
 )
 @click.option(
     "--to",
-    type=click.Choice(["diffusers", "kohya", "comfy"]),
+    type=click.Choice(["diffusers", "kohya", "comfy", "peft"]),
     default="diffusers",
-    help="The layout to write (default diffusers; comfy is kohya's, which ComfyUI reads).",
+    help="The layout to write (default diffusers; comfy is kohya's, which ComfyUI reads; peft keeps LoHa, LoKr, DoRA, "
+    "(IA)³ and OFT_2 as they are, in a folder per component).",
+)
+@rank_options
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="The base model, for kinds whose weight change depends on its weights: tiny-sd15, tiny-sdxl, a folder, a "
+    "checkpoint or a hub id.",
 )
 @click.option(
     "--alpha",
@@ -130,6 +139,9 @@ def convert(
     files: tuple[str, ...],
     out: Path | None,
     to: str,
+    rank: int | None,
+    max_error: float | None,
+    base: str | None,
     alpha: str | None,
     dtype: str | None,
     reading: dict[str, Any],
@@ -139,22 +151,42 @@ def convert(
     force: bool,
     no_validate: bool,
 ) -> int:
-    """Convert LoRA files, and prove the results.
+    """Convert LoRA, LoHa, LoKr, DoRA and other adapter files, and prove the results.
+
+    What is a low-rank change becomes a LoRA exactly. What is not needs --rank or --max-error, which write the closest
+    one and say how close, or stays what it is with --to peft, or is baked into a model by `lora-convert merge`.
 
     \b
     Examples:
       lora-convert convert style.safetensors -o out/
       lora-convert convert *.safetensors -o out/ --json > report.jsonl
       lora-convert convert out/pytorch_lora_weights.safetensors --to kohya -o style.safetensors
+      lora-convert convert lokr.safetensors --max-error 0.05 -o out/
+      lora-convert convert ia3.safetensors --base tiny-sd15 --rank 32 -o out/
       lora-convert convert style.safetensors --dry-run
     """
+    layout = {"to": to, "alpha": alpha, "dtype": dtype, "rank": rank, "max_error": max_error, "base": base}
+    return _convert(files, out, layout, reading, as_json, fail_on, dry_run, force, not no_validate)
+
+
+def _convert(
+    files: tuple[str, ...],
+    out: Path | None,
+    layout: dict[str, Any],
+    reading: dict[str, Any],
+    as_json: bool,
+    fail_on: str,
+    dry_run: bool,
+    force: bool,
+    validated: bool,
+) -> int:
+    """What `convert` and `resize` do with every file."""
     if out is None and not dry_run:
         raise UsageError("name the output with -o: a folder, or a file ending in .safetensors")
     from lora_convert.cli.progress import progress_bar
     from lora_convert.cli.text import conversion_lines, plan_lines
     from lora_convert.converters.plan import Options
 
-    layout: dict[str, Any] = {"to": to, "alpha": alpha, "dtype": dtype}
     Options(**layout).checked()
 
     def one(file: str, target: Path | None) -> Outcome:
@@ -164,14 +196,78 @@ def convert(
             planned = lora_convert.plan(file, target, **call)
             return planned.ok, planned.findings, planned.as_dict(), plan_lines(planned)
         with progress_bar(not as_json) as progress:
-            result = lora_convert.convert(file, target, validated=not no_validate, progress=progress, **call)
+            result = lora_convert.convert(file, target, validated=validated, progress=progress, **call)
         return result.ok, result.findings, result.as_dict(), conversion_lines(result)
 
     return each(files, _outputs(files, out), as_json, fail_on, one)
 
 
-for verb in (validate, render, golden):
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A folder, or a name ending in .safetensors. Several inputs go to PATH/<name>/.",
+)
+@rank_options
+@click.option("--to", type=click.Choice(["diffusers", "kohya", "comfy"]), default="diffusers", help="The layout.")
+@click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="The dtype to write.")
+@reading_options
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--force", is_flag=True, help="Replace an output that exists.")
+def resize(
+    files: tuple[str, ...],
+    out: Path | None,
+    rank: int | None,
+    max_error: float | None,
+    to: str,
+    dtype: str | None,
+    reading: dict[str, Any],
+    as_json: bool,
+    fail_on: str,
+    dry_run: bool,
+    force: bool,
+) -> int:
+    """Write LoRA files anew with a smaller rank, and say how much of each module is kept.
+
+    \b
+    Examples:
+      lora-convert resize style.safetensors --rank 16 -o small/
+      lora-convert resize style.safetensors --max-error 0.05 -o small/
+    """
+    if rank is None and max_error is None:
+        raise UsageError("name the size with --rank N, or what may be lost with --max-error E")
+    layout = {"to": to, "dtype": dtype, "rank": rank, "max_error": max_error}
+    return _convert(files, out, layout, reading, as_json, fail_on, dry_run, force, True)
+
+
+for verb in (validate, merge, render, golden):
     cli.add_command(verb)
+
+
+@cli.command()
+@click.option("--markdown", is_flag=True, help="As the table of README.md.")
+@JSON
+def kinds(markdown: bool, as_json: bool) -> int:
+    """List the kinds of adapters that are known, and what becomes of each.
+
+    \b
+    Example:
+      lora-convert kinds
+    """
+    from lora_convert.cli.text import kind_lines, kinds_table
+    from lora_convert.converters.adapters import KINDS
+
+    if markdown:
+        say(False, {}, kinds_table(KINDS))
+        return 0
+    for kind in KINDS:
+        content = {"title": kind.title, "lora": kind.lora, "peft": kind.peft or None, "tested": kind.tested}
+        say(as_json, {"schema": SCHEMA, **content}, kind_lines(kind))
+    return 0
 
 
 @cli.command()

@@ -14,7 +14,7 @@ from lora_convert.containers.header import MAX_HEADER, MAX_HEADER_LIMIT
 from lora_convert.errors import UsageError
 from lora_convert.families import FAMILIES
 
-__all__ = ["FAIL_ON", "FAMILY", "JSON", "device_options", "reading_options", "runtime"]
+__all__ = ["FAIL_ON", "FAMILY", "JSON", "device_options", "rank_options", "reading_options", "runtime"]
 
 FAMILY = click.option(
     "--family", type=click.Choice(list(FAMILIES)), help="The base model's family, where the file fits several."
@@ -59,6 +59,28 @@ def reading_options(command: Callable[..., int]) -> Callable[..., int]:
     for option in (FAIL_ON, JSON, _MAX_HEADER, _SKIP, _CONFIG, FAMILY):
         decorated = option(decorated)
     return decorated
+
+
+def rank_options(command: Callable[..., int]) -> Callable[..., int]:
+    """What may be cut of a weight change: `--rank` and `--max-error`."""
+    for option in (
+        click.option(
+            "--max-error",
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            metavar="E",
+            help="Cut every module to the smallest rank whose relative error (Frobenius norm) is at most E; with "
+            "--rank accept errors up to E.",
+        ),
+        click.option(
+            "--rank",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Cut what has a higher rank to the closest change of rank N; refused where more than 30 % of a "
+            "module's change would be lost.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def device_options(command: Callable[..., int]) -> Callable[..., int]:

@@ -347,10 +347,11 @@ def _spelling(file: str, reading: Mapping[str, Any], progress: Progress | None) 
 
     What else may be wrong with it is not judged here: beside a base model that is known it need not be.
     """
-    from lora_convert.converters.convert import local_path
+    from lora_convert.converters.convert import local_path, output_files
     from lora_convert.inspect.identify import identify
 
-    found = identify(local_path(file, progress), **reading)
+    path = Path(local_path(file, progress))
+    found = identify(next(iter(output_files(path)), path), **reading)
     if found.kind == "unknown" and not found.ok:
         raise FileError(found.findings)
     return found.spelling
@@ -381,5 +382,6 @@ def _adapter_line(adapter: Mapping[str, Any], base: str, family: str | None) -> 
     name = click.style(printable(adapter["file"]), bold=True)
     scale = json.dumps(adapter["scale"]) if isinstance(adapter["scale"], Mapping) else f"{adapter['scale']:g}"
     kind = f" ({family})" if family and family != base else ""
-    how = f", converted from {adapter['spelling']}'s names" if adapter["spelling"] != "diffusers" else ""
+    foreign = adapter["spelling"] not in (None, "diffusers")
+    how = f", converted from {adapter['spelling']}'s names" if foreign else ""
     return f"{name}: {counted(adapter['modules'], 'module')} applied to {printable(base)}{kind}, scale {scale}{how}"

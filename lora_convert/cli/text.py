@@ -13,10 +13,20 @@ from lora_convert.inspect.detection import Detection
 from lora_convert.report import Finding, printable, shown
 
 if TYPE_CHECKING:
+    from lora_convert.converters.adapters import Kind
     from lora_convert.converters.convert import ConvertResult, ValidateResult
     from lora_convert.converters.plan import Plan, Step
 
-__all__ = ["conversion_lines", "detection_lines", "finding_lines", "plan_lines", "size", "validation_lines"]
+__all__ = [
+    "conversion_lines",
+    "detection_lines",
+    "finding_lines",
+    "kind_lines",
+    "kinds_table",
+    "plan_lines",
+    "size",
+    "validation_lines",
+]
 
 _COLOURS = {"note": "blue", "warning": "yellow", "error": "red"}
 _LABEL = 15
@@ -104,21 +114,30 @@ def detection_lines(detection: Detection, modules: bool = False) -> Iterator[str
     yield from finding_lines(detection.findings)
 
 
-def _step_line(step: Step) -> str:
+def _step_line(step: Step, resolved: bool) -> str:
     names = " + ".join(module.name for module in step.source.modules)
     if not step.outputs:
         return f"  {names}  left out (rank 0)"
-    done = "copied" if step.copies else f"times {step.fold:g}, as {step.outputs[0][0].dtype}"
-    return f"  {names}  rank {step.source.rank}, {done}"
+    dtype = step.outputs[0][0].dtype
+    if step.native:
+        return f"  {names}  {step.native[0].peft_type} of peft, as {dtype}"
+    if step.truncated:
+        return f"  {names}  cut to rank {step.rank}{'' if resolved else ' or less'}, as {dtype}"
+    if step.fold is None:
+        return f"  {names}  {step.source.algorithm} as LoRA of rank {step.rank}, as {dtype}"
+    done = "copied" if step.copies else f"times {step.fold:g}, as {dtype}"
+    return f"  {names}  rank {step.rank}, {done}"
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """What `convert --dry-run` prints of one file."""
     yield click.style(printable(plan.file), bold=True) + f"  {_what(plan.detection)}"
     if plan.ok:
-        yield from map(_step_line, plan.steps)
+        yield from (_step_line(step, plan.resolved) for step in plan.steps)
         copied = sum(step.copies for step in plan.steps)
-        yield f"  would write {plan.file_name}: {len(plan.tensors)} tensors, {size(plan.bytes)}"
+        bound = "" if plan.resolved else "at most "
+        for output in plan.outputs:
+            yield f"  would write {output.path}: {len(output.tensors)} tensors, {bound}{size(output.bytes)}"
         yield f"  {len(plan.steps)} modules, {copied} of them copied byte for byte"
     else:
         yield f"  {click.style(plan.status, fg='red')}: nothing would be written"
@@ -128,10 +147,23 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 def _proof_line(proof: ValidateResult) -> str:
     delta = proof.rungs["delta"].figures if "delta" in proof.rungs else {}
     modules, exact, worst = delta.get("modules", 0), delta.get("exact_modules", 0), delta.get("worst")
+    if "delta" in proof.rungs and proof.rungs["delta"].status == "skipped":
+        return f"not proved: {proof.rungs['delta'].reason}"
     if not worst:
         return f"proved: all {modules} weight changes are exactly the source's"
+    if cut := delta.get("truncated_modules"):
+        return f"proved: of {modules} weight changes {cut} are the closest of their rank, the others are the source's"
     where = delta["worst_modules"][0]["module"] if delta["worst_modules"] else ""
     return f"proved: all {modules} weight changes are the source's, {exact} exactly; worst error {worst:.1e} ({where})"
+
+
+def _cut_lines(result: ConvertResult) -> Iterator[str]:
+    """What truncating left of the modules that lost most."""
+    lossy = sorted((item for item in result.truncations if item.error), key=lambda item: (-item.error, item.module))
+    for item in lossy[:_MOST_VALUES]:
+        yield _row("cut", f"{item.module}: rank {item.rank} keeps {item.kept:.1%} (error {item.error:.2e})")
+    if len(lossy) > _MOST_VALUES:
+        yield _row("", f"and {len(lossy) - _MOST_VALUES} more modules, which lost less (--json lists all)")
 
 
 def conversion_lines(result: ConvertResult) -> Iterator[str]:
@@ -139,15 +171,20 @@ def conversion_lines(result: ConvertResult) -> Iterator[str]:
     name = click.style(printable(result.file), bold=True)
     if not result.ok:
         yield f"{name}: {click.style(result.status, fg='red')}, nothing was written"
+        yield from _cut_lines(result)
         yield from finding_lines(result.findings)
         return
     assert result.plan is not None
+    yield f"{name} → {click.style(printable(result.outputs[0].path), bold=True)}"
+    for output in result.outputs[1:]:
+        yield f"{' ' * len(printable(result.file))} → {click.style(printable(output.path), bold=True)}"
+    written = size(sum(output.bytes for output in result.outputs))
+    yield f"  {_what(result.plan.detection)}: {len(result.plan.steps)} modules, {written}"
     for output in result.outputs:
-        yield f"{name} → {click.style(printable(output.path), bold=True)}"
-        yield f"  {_what(result.plan.detection)}: {len(result.plan.steps)} modules, {size(output.bytes)}"
         yield f"  sha256 {output.sha256}"
     proof = _proof_line(result.proof) if result.proof else "not proved (--no-validate)"
     yield "  " + click.style(proof, fg="green" if result.proof else None)
+    yield from _cut_lines(result)
     yield from finding_lines(result.findings)
 
 
@@ -164,6 +201,22 @@ def validation_lines(result: ValidateResult) -> Iterator[str]:
         for entry in rung.figures.get("worst_modules", []):
             yield _row("", f"{_figure(entry['error'])}  {entry['module']}")
     yield from finding_lines(result.findings)
+
+
+def kind_lines(kind: Kind) -> Iterator[str]:
+    """What `kinds` prints of one of them."""
+    yield click.style(kind.title, bold=True)
+    yield _row("as a LoRA", kind.lora)
+    yield _row("--to peft", kind.peft or "no")
+    yield _row("tested against", kind.tested)
+
+
+def kinds_table(kinds: Sequence[Kind]) -> Iterator[str]:
+    """The table of kinds in README.md."""
+    yield "| kind | as a LoRA file | `--to peft` | tested against |"
+    yield "|---|---|---|---|"
+    for kind in kinds:
+        yield f"| {kind.title} | {kind.lora} | {kind.peft or '–'} | {kind.tested} |"
 
 
 def _figure(value: object) -> str:

@@ -73,7 +73,7 @@ def validate(
     as_json: bool,
     fail_on: str,
 ) -> int:
-    """Check a LoRA file, alone or against its source.
+    """Check a file of adapters, alone or against its source. FILE may be a folder that convert or merge wrote.
 
     Looks at its structure, its numbers, and the weight change of every module; with --load at what diffusers' own
     loader makes of it, and with --base at the pictures. Those are drawn by the base alone, by the base with the
@@ -86,6 +86,7 @@ def validate(
       lora-convert validate out/pytorch_lora_weights.safetensors --against style.safetensors --load
       lora-convert validate out/pytorch_lora_weights.safetensors --against style.safetensors \\
           --base stabilityai/stable-diffusion-xl-base-1.0 --report proof.html
+      lora-convert validate merged/ --against style.safetensors --base tiny-sd15
     """
     from lora_convert.cli.progress import progress_bar
     from lora_convert.cli.text import validation_lines

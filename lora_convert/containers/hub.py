@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from lora_convert.containers.source import FileReader, Reader, open_path
 from lora_convert.errors import FileError, UsageError
 from lora_convert.report import Finding, listed, printable, shown
 
-__all__ = ["RangeReader", "download", "download_beside", "open_hub_file"]
+__all__ = ["RangeReader", "download", "download_beside", "download_folder", "open_hub_file"]
 
 _BLOCK = 1 << 16
 """Bytes read at least: scalars that lie near each other come with one request."""
@@ -188,6 +188,14 @@ def _cached(place: _Place) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def _names_in(place: _Place) -> list[str]:
+    """The names of all files of a place's repository. Raises FileError if the hub cannot be asked."""
+    with _sentences(place):
+        api = huggingface_hub.HfApi(**_CALLER)
+        info = api.model_info(place.repo, revision=place.revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        return sorted(file.rfilename for file in info.siblings or ())
+
+
 def _file_at(place: _Place) -> _Place:
     """The place itself if it is a file, else the only safetensors file in it. Raises FileError if there is not one."""
     if place.path.endswith(".safetensors") or (place.path and _cached(place)):
@@ -195,10 +203,7 @@ def _file_at(place: _Place) -> _Place:
     if constants.HF_HUB_OFFLINE:
         fix = f"Name the file: {replace(place, path='')}/path/file.safetensors."
         raise _unreadable(f"{place} names no file, and offline the hub cannot be asked what there is.", fix)
-    with _sentences(place):
-        api = huggingface_hub.HfApi(**_CALLER)
-        info = api.model_info(place.repo, revision=place.revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        names = sorted(file.rfilename for file in info.siblings or ())
+    names = _names_in(place)
     if place.path in names:
         return place
     inside = [name for name in names if not place.path or name.startswith(f"{place.path}/")]
@@ -402,3 +407,24 @@ def download_beside(address: str, name: str) -> Path | None:
             if getattr(error, "response", None) is None:
                 raise  # not even asked
             return None
+
+
+def download_folder(address: str, choose: Callable[[Sequence[str]], Sequence[str]], *, quiet: bool = False) -> Path:
+    """Bring the files that `choose` picks of a repository's into the cache, and return the folder that they lie in.
+
+    Offline those are of the files that the cache has. Raises UsageError and FileError as `open_hub_file` does, and
+    whatever `choose` raises.
+    """
+    place = _parse(address)
+    if constants.HF_HUB_OFFLINE:
+        cached = _cached(replace(place, path="model_index.json"))
+        if cached is None:
+            raise _offline(f"{place} is not")
+        choose([path.relative_to(cached.parent).as_posix() for path in sorted(cached.parent.rglob("*"))])
+        return cached.parent
+    folder = Path()
+    for name in choose(_names_in(place)):
+        with _bars(not quiet), _sentences(place):
+            path = _download(replace(place, path=name))
+        folder = path.parents[name.count("/")]
+    return folder

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,12 +15,16 @@ from lora_convert._version import __version__
 from lora_convert.containers import MAX_HEADER, Source, Target, name_of, opened
 from lora_convert.containers.header import MAX_HEADER_LIMIT
 from lora_convert.containers.source import FileReader, chunks_of, open_path, read_header
-from lora_convert.converters.execute import execute
-from lora_convert.converters.fidelity import Rung, check_deltas, check_numbers, check_structure
+from lora_convert.converters.base import BaseWeights, open_base
+from lora_convert.converters.execute import Truncation, execute, ranks_for
+from lora_convert.converters.fidelity import Opened, Rung, check_deltas, check_numbers, check_structure
+from lora_convert.converters.layout import CANONICAL_NAME
 from lora_convert.converters.metadata import PROVENANCE, output_metadata
-from lora_convert.converters.plan import Options, Plan, make_plan
+from lora_convert.converters.native import CONFIG_NAME, WEIGHTS_NAME, reads_input
+from lora_convert.converters.plan import Options, Plan, dora_path, make_plan
 from lora_convert.converters.writer import atomic_file
 from lora_convert.errors import FileError, UsageError, raise_errors
+from lora_convert.families import FAMILIES
 from lora_convert.hashes import sha256_of
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import Detection
@@ -27,7 +32,16 @@ from lora_convert.report import SCHEMA, Finding, json_number, listed, severest, 
 
 _T = TypeVar("_T", bound=Target)
 
-__all__ = ["ConvertResult", "OutputRecord", "Progress", "ValidateResult", "convert", "plan", "validate"]
+__all__ = [
+    "ConvertResult",
+    "OutputRecord",
+    "Progress",
+    "ValidateResult",
+    "convert",
+    "output_files",
+    "plan",
+    "validate",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -89,6 +103,7 @@ class ConvertResult:
     outputs: tuple[OutputRecord, ...] = ()
     proof: ValidateResult | None = None
     findings: tuple[Finding, ...] = ()
+    truncations: tuple[Truncation, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -116,6 +131,7 @@ class ConvertResult:
             "to": self.plan.layout if self.plan else None,
             "modules": len(self.plan.steps) if self.plan else 0,
             "worst_delta_error": None if worst is None else json_number(worst),
+            "truncated": [truncation.as_dict() for truncation in self.truncations],
             "findings": [finding.as_dict() for finding in self.findings],
         }
 
@@ -138,7 +154,8 @@ def _options(options: Mapping[str, Any]) -> Options:
 
 
 def _planned(source: Source, options: Options) -> Plan:
-    return make_plan(source.header, detect(source, family=options.family, config=options.config), options)
+    found = detect(source, family=options.family, config=options.config)
+    return make_plan(source.header, found, options, reads_input=functools.partial(reads_input, source))
 
 
 def plan(
@@ -159,9 +176,9 @@ def plan(
         with opened(target, max_header, asked.skip) as source:
             planned = _planned(source, asked)
             if planned.ok and out is not None:
-                path = output_path(planned, Path(out))
-                refuse_overwrite([target, *beside], path, force)
-                planned = replace(planned, file_name=str(path))
+                planned = _placed(planned, Path(out))
+                for path in planned.paths:
+                    refuse_overwrite([target, *beside], path, force)
     except FileError as error:
         broken = Detection(name_of(target), "unknown", findings=error.findings)
         planned = Plan(name_of(target), "failed", broken, findings=error.findings)
@@ -169,10 +186,28 @@ def plan(
     return planned
 
 
-def output_path(planned: Plan, out: Path) -> Path:
-    """Where the output goes: `out` itself if it names a safetensors file, else the layout's name inside it."""
-    path = out if out.suffix == ".safetensors" else out / planned.file_name
-    return Path(os.path.realpath(path)) if ".." in path.parts else path  # `new/..` is another place once `new` is made
+def _placed(planned: Plan, out: Path) -> Plan:
+    """The plan with whole paths: `out` itself if it names a safetensors file, else the layout's names inside it."""
+    out = Path(os.path.realpath(out)) if ".." in out.parts else out  # `new/..` is another place once `new` is made
+    named = out.suffix == ".safetensors"
+    if named and planned.layout == "peft":
+        raise UsageError(f"--to peft writes a folder for every component; {shown(str(out))} is the name of a file")
+    paths = [out / output.path for output in planned.outputs]
+    if named:
+        paths = [out, Path(dora_path(str(out)))][: len(paths)]
+    outputs = tuple(replace(file, path=str(path)) for file, path in zip(planned.outputs, paths, strict=True))
+    return replace(planned, outputs=outputs)
+
+
+def output_files(out: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The weight files of what `convert` wrote: the file itself, or those in its folder; none if that has none."""
+    path = Path(out)
+    if not path.is_dir():
+        return (path,)
+    canonical = path / CANONICAL_NAME
+    found = tuple(file for file in (canonical, Path(dora_path(str(canonical)))) if file.is_file())
+    folders = sorted({config.parent for config in (*path.glob(CONFIG_NAME), *path.glob(f"*/{CONFIG_NAME}"))})
+    return found or tuple(folder / WEIGHTS_NAME for folder in folders)
 
 
 def refuse_overwrite(inputs: Sequence[Target], path: Path, force: bool) -> None:
@@ -200,22 +235,26 @@ def convert(
     strict: bool = False,
     **options: Any,
 ) -> ConvertResult:
-    """Convert a LoRA file and prove the result before it is put in place.
+    """Convert a file of adapters and prove the result before it is put in place.
 
-    `out` is a file name ending in `.safetensors`, or a folder. Options: `to` (`diffusers`, `kohya`, `comfy`), `family`,
-    `alpha` (`fold`, `header`), `dtype` (`fp16`, `bf16`, `fp32`), `config`, `skip` (patterns of tensor names).
+    `out` is a file name ending in `.safetensors`, or a folder. Options: `to` (`diffusers`, `kohya`, `comfy`, `peft`),
+    `family`, `alpha` (`fold`, `header`), `dtype` (`fp16`, `bf16`, `fp32`), `config`, `skip` (patterns of tensor names),
+    `rank` and `max_error` (what may be cut), `base` (the base model, where what is changed depends on it).
     `validated=False` leaves the proof out; `beside` are other inputs, which the output must not replace. A bad file
     gives findings and writes nothing, or with `strict` raises FileError; a wrong call (the output exists, an unknown
     option) raises UsageError.
     """
     asked = _options(options)
     try:
-        with opened(local_path(target, progress), max_header, asked.skip) as source:
+        with opened(local_path(target, progress), max_header, asked.skip) as source, _base_of(asked) as weights:
             planned = _planned(source, asked)
             if planned.ok:
-                path = output_path(planned, Path(out))
-                refuse_overwrite([target, *beside], path, force)
-                result = _write(source, planned, path, validated, progress)
+                _check_base(planned, weights)
+                planned = _resolved(planned, source, weights, progress)
+                planned = _placed(planned, Path(out))
+                for path in planned.paths:
+                    refuse_overwrite([target, *beside], path, force)
+                result = _write(source, planned, weights, validated, progress)
             else:
                 status: Literal["refused", "failed"] = "refused" if planned.status == "refused" else "failed"
                 result = ConvertResult(planned.file, status, planned, findings=planned.findings)
@@ -223,6 +262,34 @@ def convert(
         result = ConvertResult(name_of(target), "failed", findings=error.findings)
     raise_errors(strict, result.findings)
     return replace(result, file=name_of(target))
+
+
+@contextlib.contextmanager
+def _base_of(options: Options) -> Iterator[BaseWeights | None]:
+    if options.base is None:
+        yield None
+        return
+    with open_base(options.base) as weights:
+        yield weights
+
+
+def _check_base(planned: Plan, weights: BaseWeights | None) -> None:
+    """Raise UsageError for a base model of another family than the file's."""
+    family = planned.detection.family
+    if weights is not None and family is not None and weights.family != family:
+        titles = FAMILIES[weights.family].title, FAMILIES[family].title
+        raise UsageError(
+            f"the base model {shown(weights.name)} is {titles[0]}, and the file is for {titles[1]}; "
+            f"give a base of {family}"
+        )
+
+
+def _resolved(planned: Plan, source: Source, weights: BaseWeights | None, progress: Progress | None) -> Plan:
+    """The plan with the ranks that `--max-error` needs, which only the values tell."""
+    if planned.resolved:
+        return planned
+    ranks = ranks_for(planned, source, weights, _counter(progress, "measuring", len(planned.steps)))
+    return make_plan(source.header, planned.detection, planned.options, ranks)
 
 
 class _AbandonedError(Exception):
@@ -242,50 +309,102 @@ def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int]
     return advance
 
 
-def _fill(file: BinaryIO, source: Source, planned: Plan, beside: Executor, progress: Progress | None) -> list[Finding]:
-    """Write the output's content, while the source is hashed beside it; returns what was noticed."""
+def _fill(
+    files: Sequence[BinaryIO],
+    source: Source,
+    planned: Plan,
+    weights: BaseWeights | None,
+    beside: Executor,
+    progress: Progress | None,
+) -> tuple[list[Finding], Sequence[Truncation]]:
+    """Write the outputs' content, while the source is hashed beside it; returns what was noticed and what was cut."""
     if _is_own_output(planned, source):
         for chunk in source.chunks():
-            file.write(chunk)
-        return []
+            files[0].write(chunk)
+        return [], ()
     source_sha256 = beside.submit(sha256_of, source.chunks())
     total = sum(tensor.nbytes for tensor in source.header.tensors.values())
     advance = _counter(progress, "converting", total)
-    noticed = execute(planned, source, file, output_metadata(planned, __version__), source_sha256.result, advance)
-    return [*noticed.closing_findings(), *_idle_findings(noticed.idle, planned)]
+    metadata = [output_metadata(planned, output, __version__) for output in planned.outputs]
+    noticed = execute(planned, source, files, metadata, source_sha256.result, advance, weights)
+    findings = [*noticed.closing_findings(), *noticed.truncation_findings(planned.options.allowed_error)]
+    return [*findings, *_idle_findings(noticed.idle, planned)], noticed.truncations
 
 
-def _write(source: Source, planned: Plan, path: Path, validated: bool, progress: Progress | None) -> ConvertResult:
-    """Execute the plan into the target's place, unless the values or the proof are bad."""
+def _write(
+    source: Source, planned: Plan, weights: BaseWeights | None, validated: bool, progress: Progress | None
+) -> ConvertResult:
+    """Execute the plan into the targets' places, unless the values or the proof are bad."""
     findings = list(planned.findings)
-    proof = None
+    proof: ValidateResult | None = None
+    truncated: Sequence[Truncation] = ()
     try:
-        # the pool comes last, so that it has ended before a file that it reads is closed
-        with atomic_file(path) as file, contextlib.ExitStack() as opened_files, ThreadPoolExecutor(2) as beside:
-            findings += _fill(file, source, planned, beside, progress)
-            file.flush()
+        # the pool comes last, so that it has ended before a file that it reads is closed; of several files the first
+        # one is put in place last
+        with contextlib.ExitStack() as written, contextlib.ExitStack() as read, ThreadPoolExecutor(2) as beside:
+            files = [written.enter_context(atomic_file(path)) for path in planned.paths]
+            configs = _write_configs(planned, written)
+            said, truncated = _fill(files, source, planned, weights, beside, progress)
+            findings += said
             if severest(findings) == "error":
                 raise _AbandonedError
-            on_disk = beside.submit(os.fsync, file.fileno())
-            reader = opened_files.enter_context(contextlib.closing(FileReader(open_path(Path(file.name)), owned=True)))
-            sha256 = beside.submit(sha256_of, chunks_of(reader))
+            for file in files:
+                file.flush()
+            on_disk = [beside.submit(os.fsync, file.fileno()) for file in files]
+            readers = [_reader(file, read) for file in files]
+            hashes = [beside.submit(sha256_of, chunks_of(reader)) for reader in readers]
             if validated:
-                output = Source(read_header(reader, str(path), MAX_HEADER_LIMIT), reader)
-                proof = _prove(output, str(path), source, planned.detection, progress)
+                outputs = [
+                    Source(read_header(reader, str(path), MAX_HEADER_LIMIT), reader)
+                    for reader, path in zip(readers, planned.paths, strict=True)
+                ]
+                family = planned.detection.family
+                found = [
+                    (output, detect(output, family=family, config=config))
+                    for output, config in zip(outputs, configs, strict=True)
+                ]
+                proof = _prove(found, (source, planned.detection), weights, progress)
                 findings += [finding for finding in proof.findings if finding.severity == "error"]
                 if not proof.ok:
                     raise _AbandonedError
-            record = OutputRecord(str(path), reader.size, sha256.result())
-            on_disk.result()
+            records = tuple(
+                OutputRecord(str(path), reader.size, sha256.result())
+                for path, reader, sha256 in zip(planned.paths, readers, hashes, strict=True)
+            )
+            for waiting in on_disk:
+                waiting.result()
     except _AbandonedError:
-        return ConvertResult(planned.file, "failed", planned, proof=proof, findings=tuple(findings))
-    return ConvertResult(planned.file, "converted", planned, (record,), proof, tuple(findings))
+        refused = {finding.name for finding in findings if finding.severity == "error"} == {"rank-truncated"}
+        status: Literal["refused", "failed"] = "refused" if refused else "failed"
+        return ConvertResult(planned.file, status, planned, (), proof, tuple(findings), tuple(truncated))
+    return ConvertResult(planned.file, "converted", planned, records, proof, tuple(findings), tuple(truncated))
+
+
+def _write_configs(planned: Plan, written: contextlib.ExitStack) -> list[Path | None]:
+    """The configurations that stand beside weight files, each written to its temporary place."""
+    places: list[Path | None] = []
+    for output, path in zip(planned.outputs, planned.paths, strict=True):
+        if output.config is None:
+            places.append(None)
+            continue
+        file = written.enter_context(atomic_file(path.with_name(CONFIG_NAME)))
+        file.write(output.config.encode("utf-8"))
+        file.flush()
+        places.append(Path(file.name))
+    return places
+
+
+def _reader(file: BinaryIO, opened_files: contextlib.ExitStack) -> FileReader:
+    return opened_files.enter_context(contextlib.closing(FileReader(open_path(Path(file.name)), owned=True)))
 
 
 def _is_own_output(planned: Plan, source: Source) -> bool:
     """Whether the file is one of ours already and nothing asked for changes it: then its bytes are the output."""
     metadata = source.header.metadata
-    if f"{PROVENANCE}version" not in metadata or metadata.get("lora_adapter_metadata") != planned.adapter_metadata:
+    if f"{PROVENANCE}version" not in metadata or len(planned.outputs) > 1:
+        return False
+    output = planned.outputs[0]
+    if metadata.get("lora_adapter_metadata") != output.adapter_metadata:
         return False
     tensors = source.header.tensors
     whole = source.header.data_start + planned.bytes == source.reader.size  # nothing was left out by --skip
@@ -293,7 +412,7 @@ def _is_own_output(planned: Plan, source: Source) -> bool:
         tensor.name in tensors
         and tensors[tensor.name].dtype == tensor.dtype
         and tensors[tensor.name].shape == tensor.shape
-        for tensor in planned.tensors
+        for tensor in output.tensors
     ) and all(step.copies for step in planned.steps)  # fmt: skip
 
 
@@ -306,27 +425,26 @@ def _idle_findings(idle: Sequence[str], planned: Plan) -> list[Finding]:
 
 
 def _prove(
-    output: Source, name: str, source: Source, truth: Detection, progress: Progress | None, family: str | None = None
+    outputs: Sequence[Opened], against: Opened, weights: BaseWeights | None, progress: Progress | None
 ) -> ValidateResult:
-    """The rungs of the proof, on an open output against an open source."""
-    found = detect(output, family=family or truth.family)
-    advance = _counter(progress, "proving", len(found.payload))
-    structure = check_structure(found)
+    """The rungs of the proof, on open outputs against an open source."""
+    advance = _counter(progress, "proving", sum(len(found.payload) for _, found in outputs))
+    structure = check_structure([found for _, found in outputs])
     if structure.status == "fail":
         rungs = {"structure": structure}
     else:
         rungs = {
             "structure": structure,
-            "numbers": check_numbers(output, found, source, truth),
-            "delta": check_deltas(output, found, source, truth, advance),
+            "numbers": check_numbers(outputs, [against]),
+            "delta": check_deltas(outputs, [against], weights, advance),
         }
-    return _verdict(name, truth.file, found, rungs)
+    return _verdict(outputs[0][0].header.path, against[1].file, outputs[0][1].family, rungs)
 
 
-def _verdict(name: str, against: str | None, found: Detection, rungs: Mapping[str, Rung]) -> ValidateResult:
+def _verdict(name: str, against: str | None, family: str | None, rungs: Mapping[str, Rung]) -> ValidateResult:
     failed = any(rung.status == "fail" for rung in rungs.values())
     findings = tuple(finding for rung in rungs.values() for finding in rung.findings)
-    return ValidateResult(name, against, "fail" if failed else "pass", found.family, rungs, findings)
+    return ValidateResult(name, against, "fail" if failed else "pass", family, rungs, findings)
 
 
 def validate(
@@ -335,57 +453,78 @@ def validate(
     *,
     family: str | None = None,
     config: str | Path | None = None,
+    base: str | Path | None = None,
     max_header: int = MAX_HEADER,
     skip: Sequence[str] = (),
     progress: Progress | None = None,
     strict: bool = False,
 ) -> ValidateResult:
-    """Check a LoRA file: structure and numbers, and with `against` the ΔW of every module against that source.
+    """Check a LoRA file: structure and numbers, and with `against` what every module changes against that source.
 
-    `family` decides ties for both files; `config` is the source's peft configuration, `skip` leaves tensors of the
-    source out. A bad file gives a result with status `fail`, or with `strict` raises FileError.
+    `out` may be a folder that `convert` wrote, all of whose weight files count. `family` decides ties for both sides;
+    `config` is the source's peft configuration, `skip` leaves tensors of the source out, `base` is the model whose
+    weights decide what some algorithms change. A bad file gives a result with status `fail`, or with `strict` raises
+    FileError.
     """
     try:
-        with opened(local_path(out, progress), max_header) as output:
+        with contextlib.ExitStack() as stack:
+            weights = stack.enter_context(_base_of(Options(base=base)))
+            files = _open_outputs(out, stack, max_header, progress)
             if against is None:
-                result = _verdict_alone(output, family, config)
+                result = _verdict_alone([(file, detect(file, family=family, config=config)) for file in files])
             else:
-                result = _against(output, name_of(out), against, progress, family, config, max_header, skip)
+                truth = _open_truth(against, stack, progress, family, config, max_header, skip)
+                family = family or truth[1].family
+                outputs = [(file, detect(file, family=family)) for file in files]
+                result = _prove(outputs, truth, weights, progress)
+            result = replace(result, file=name_of(out))
     except FileError as error:
         broken = Rung("fail", "the file cannot be read", findings=error.findings)
         result = ValidateResult(name_of(out), None, "fail", None, {"structure": broken}, error.findings)
+    except _UnsoundError as error:
+        rungs = {"structure": Rung("fail", "the source itself is not sound")}
+        result = ValidateResult(name_of(out), name_of(error.source), "fail", None, rungs, error.findings)
     raise_errors(strict, result.findings)
     return result
 
 
-def _against(
-    output: Source,
-    name: str,
+class _UnsoundError(Exception):
+    """What is wrong with a source, said to be the source's."""
+
+    def __init__(self, source: Target, findings: Sequence[Finding]) -> None:
+        self.source = source
+        self.findings = tuple(replace(said, message=f"(in the source) {said.message}") for said in findings)
+
+
+def _open_outputs(out: Target, stack: contextlib.ExitStack, max_header: int, progress: Progress | None) -> list[Source]:
+    local = local_path(out, progress)
+    paths = output_files(local) if isinstance(local, str | os.PathLike) else ()
+    return [stack.enter_context(opened(path, max_header)) for path in paths or (local,)]
+
+
+def _open_truth(
     against: Target,
+    stack: contextlib.ExitStack,
     progress: Progress | None,
     family: str | None,
     config: str | Path | None,
     max_header: int,
     skip: Sequence[str],
-) -> ValidateResult:
-    """The proof against a source; what is wrong with that itself is said to be its."""
+) -> Opened:
+    """The source, open, with what it is. Raises _UnsoundError."""
     try:
-        with opened(local_path(against, progress), max_header, skip) as source:
-            truth = detect(source, family=family, config=config)
-            if truth.family is not None and truth.ok:
-                return _prove(output, name, source, truth, progress, family)
-            said = truth.findings
+        source = stack.enter_context(opened(local_path(against, progress), max_header, skip))
+        truth = detect(source, family=family, config=config)
     except FileError as error:
-        said = error.findings
-    findings = tuple(replace(finding, message=f"(in the source) {finding.message}") for finding in said)
-    rungs = {"structure": Rung("fail", "the source itself is not sound")}
-    return ValidateResult(name, name_of(against), "fail", None, rungs, findings)
+        raise _UnsoundError(against, error.findings) from None
+    if truth.family is None or not truth.ok:
+        raise _UnsoundError(against, truth.findings)
+    return source, truth
 
 
-def _verdict_alone(output: Source, family: str | None, config: str | Path | None) -> ValidateResult:
-    found = detect(output, family=family, config=config)
-    rungs = {"structure": check_structure(found)}
+def _verdict_alone(outputs: Sequence[Opened]) -> ValidateResult:
+    rungs = {"structure": check_structure([found for _, found in outputs])}
     if rungs["structure"].status == "pass":
-        rungs["numbers"] = check_numbers(output, found)
+        rungs["numbers"] = check_numbers(outputs)
     rungs["delta"] = Rung("skipped", "there is no source to compare with (--against)")
-    return _verdict(output.header.path, None, found, rungs)
+    return _verdict(outputs[0][0].header.path, None, outputs[0][1].family, rungs)

@@ -1,11 +1,11 @@
-"""Plan -> bytes: every step's tensors read, rescaled and written, one module in memory at a time."""
+"""Plan -> bytes: every step's tensors read, computed and written, one module in memory at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -13,21 +13,46 @@ from numpy.typing import NDArray
 
 from lora_convert.containers import Source
 from lora_convert.containers.dtypes import numpy_dtype
-from lora_convert.converters.adapters import Lora, read_adapter
+from lora_convert.converters.adapters import Adapter, Base, Dora, Lora, adapter_of, read_matrices
+from lora_convert.converters.base import BaseWeights
+from lora_convert.converters.fidelity import TOLERANCE
 from lora_convert.converters.folding import Split, rescaled, split_scale
 from lora_convert.converters.metadata import STALE, Hashes, with_hashes
+from lora_convert.converters.native import native_tensors
 from lora_convert.converters.plan import OutputTensor, Plan, Step
-from lora_convert.converters.values import count_zeros, is_finite, peak
+from lora_convert.converters.spectra import spectrum
+from lora_convert.converters.targets import by_target
+from lora_convert.converters.values import count_zeros, is_finite, is_zero
 from lora_convert.converters.writer import header_bytes, offsets
+from lora_convert.errors import Unrepresentable
+from lora_convert.families import Module
 from lora_convert.hashes import legacy_hash
 from lora_convert.report import MOST_FINDINGS, Finding, counted
 
-__all__ = ["Execution", "execute", "run_step"]
+__all__ = ["Execution", "Truncation", "execute", "ranks_for", "run_step"]
 
 Array = NDArray[Any]
 Progress = Callable[[int], None]
 
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """What was lost of one module: its rank, the relative Frobenius error of its ΔW, and ‖ΔW‖."""
+
+    module: str
+    rank: int
+    error: float
+    norm: float
+
+    @property
+    def kept(self) -> float:
+        """The part of ‖ΔW‖² that is left."""
+        return 1.0 - self.error**2
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"module": self.module, "rank": self.rank, "error": self.error, "kept_energy": self.kept}
 
 
 @dataclass
@@ -37,6 +62,7 @@ class Execution:
     findings: list[Finding] = field(default_factory=list)
     rounding: dict[str, float] = field(default_factory=dict)
     underflows: dict[str, int] = field(default_factory=dict)
+    truncations: list[Truncation] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
     folded: bool = False
 
@@ -60,58 +86,189 @@ class Execution:
             findings.append(Finding("underflow", "note", worst, message))
         return findings
 
+    def truncation_findings(self, allowed: float) -> list[Finding]:
+        """What truncating lost: a note, or errors for the modules that lost more than `allowed` of their ΔW."""
+        lossy = sorted((t for t in self.truncations if t.error), key=lambda item: (-item.error, item.module))
+        if not lossy:
+            return []
+        too_much = [item for item in lossy if item.error > allowed]
+        if too_much:
+            return _refused_truncations(too_much, allowed)
+        worst = lossy[0]
+        message = (
+            f"{counted(len(lossy), 'module')} were truncated. This one lost most: at rank {worst.rank} it keeps "
+            f"{worst.kept:.1%} of ‖ΔW‖², a relative error of {worst.error:.2e}; over the whole file it is "
+            f"{self.file_error():.2e}."
+        )
+        return [Finding("rank-truncated", "note", worst.module, message, "A higher --rank keeps more.")]
 
-def _peaks(step: Step, factors: Lora, noticed: Execution) -> list[float]:
-    """The largest magnitude of each stored matrix; a finding for each where that is not a number."""
-    peaks = []
-    for part, values in (("down", factors.down), ("up", factors.up), ("mid", factors.mid)):
-        if values is None:
+    def file_error(self) -> float:
+        """Relative Frobenius error of all truncated modules together."""
+        total = sum(item.norm**2 for item in self.truncations)
+        lost = sum((item.error * item.norm) ** 2 for item in self.truncations)
+        return math.sqrt(lost / total) if total else 0.0
+
+
+def _refused_truncations(lossy: Sequence[Truncation], allowed: float) -> list[Finding]:
+    worst = lossy[0]
+    modules = counted(len(lossy), "module")
+    message = (
+        f"{modules} would lose more than {allowed:.0%} of their ΔW. This one loses most: rank {worst.rank} leaves "
+        f"{worst.kept:.1%} of ‖ΔW‖², a relative error of {worst.error:.0%}."
+    )
+    fix = (
+        "A higher --rank keeps more; --max-error E takes the rank that E needs, and together with --rank accepts what "
+        "is lost; lora-convert merge loses nothing, nor does --to peft."
+    )
+    return [Finding("rank-truncated", "error", worst.module, message, fix)]
+
+
+def _all_finite(step: Step, tensors: Mapping[str, Array], noticed: Execution) -> bool:
+    """Whether every stored value is a number; a finding for each tensor where one is not."""
+    sound = True
+    for part, values in tensors.items():
+        if values.dtype.kind in "iub" or is_finite(values):
             continue
-        peaks.append(peak(values))
-        if not math.isfinite(peaks[-1]):
-            bad = int(values.size - np.isfinite(values.astype(np.float32)).sum())
-            message = f"{bad} of its {values.size} values are NaN or infinite."
-            fix = "The training broke down or the file is damaged; --skip can leave the module out."
-            noticed.findings.append(Finding("not-finite", "error", step.source.tensors[part], message, fix))
-    return peaks
+        sound = False
+        bad = int(values.size - np.isfinite(values.astype(np.float32)).sum())
+        message = f"{bad} of its {values.size} values are NaN or infinite."
+        fix = "The training broke down or the file is damaged; --skip can leave the module out."
+        noticed.findings.append(Finding("not-finite", "error", step.source.tensors[part], message, fix))
+    return sound
+
+
+def _product(step: Step, name: str, adapter: Adapter, base: Base | None, noticed: Execution) -> Lora:
+    """The factors that are written: exact ones, or the closest of the step's rank."""
+    if not step.truncated:
+        return adapter.to_lora(base)
+    found = spectrum(adapter, base)
+    norm = float(np.linalg.norm(found.values))
+    noticed.truncations.append(Truncation(name, step.rank, found.error(step.rank), norm))
+    return found.lora(step.rank)
+
+
+def _of_rank(factors: Lora, rank: int) -> Lora:
+    """The factors with zeros added up to the rank that was planned before the values were known."""
+    missing = rank - factors.down.shape[0]
+    if missing <= 0:
+        return factors
+    down = np.pad(factors.down, ((0, missing), (0, 0)))
+    return replace(factors, down=down, up=np.pad(factors.up, ((0, 0), (0, missing))))
 
 
 def _split(step: Step, factors: Lora, group: tuple[OutputTensor, ...]) -> Split:
+    scale = factors.scale if step.fold is None else step.fold
     down, up = (numpy_dtype(tensor.dtype) for tensor in group[:2])
-    if step.fold == 1.0 and factors.down.dtype == down and factors.up.dtype == up:
+    if scale == 1.0 and factors.down.dtype == down and factors.up.dtype == up:
         return Split(1.0, 1.0)
-    return split_scale(factors.down, factors.up, step.fold, down, up)
+    return split_scale(factors.down, factors.up, scale, down, up)
 
 
-def _alpha(step: Step, tensor: OutputTensor) -> Array:
-    return np.array(step.alpha, numpy_dtype(tensor.dtype))
+def run_step(
+    step: Step, source: Source, noticed: Execution, weights: BaseWeights | None = None
+) -> Iterator[tuple[OutputTensor, Array]]:
+    """The arrays of a step's output tensors. What is wrong with the values is noted, and nothing more is yielded.
 
-
-def run_step(step: Step, source: Source, noticed: Execution) -> Iterator[tuple[OutputTensor, Array]]:
-    """The arrays of a step's output tensors. What is wrong with the values is noted, and nothing more is yielded."""
-    factors = read_adapter(source, step.source)
-    assert isinstance(factors, Lora)
-    peaks = _peaks(step, factors, noticed)
-    if not all(map(math.isfinite, peaks)):
+    `weights` is the base model, for steps that need it.
+    """
+    tensors = read_matrices(source, step.source)
+    if not _all_finite(step, tensors, noticed):
         return
-    name = step.source.modules[0].name
-    if step.source.scale == 0.0 or 0.0 in peaks:
-        noticed.idle.append(name)
-    plain = factors.to_lora()
-    split = _split(step, plain, step.outputs[0])
-    if split.error > 0.0:
-        noticed.rounding[name] = split.error
-        noticed.folded |= step.fold != 1.0
-    first_row = 0
-    for target, group in zip(step.source.modules, step.outputs, strict=True):
-        rows = plain.rows(first_row, first_row + target.shape[0])
-        first_row += target.shape[0]
+    if step.native:
+        yield from _native(step, source, noticed)
+        return
+    base = weights.of(step.source.modules) if weights is not None and step.needs_base else None
+    try:
+        adapter = adapter_of(tensors, step.source)
+        if step.truncated:  # the best of a rank is found for every target by itself
+            for (target, part, rows), group in zip(by_target(adapter, step.source, base), step.outputs, strict=True):
+                yield from _written(step, (target,), part, rows, (group,), noticed)
+        else:
+            yield from _written(step, step.source.modules, adapter, base, step.outputs, noticed)
+    except Unrepresentable as error:  # what shapes alone did not tell
+        noticed.findings.append(Finding("unsupported-kind", "error", step.name, f"It cannot be converted: {error}."))
+
+
+def _written(
+    step: Step,
+    targets: Sequence[Module],
+    adapter: Adapter,
+    base: Base | None,
+    groups: Sequence[tuple[OutputTensor, ...]],
+    noticed: Execution,
+) -> Iterator[tuple[OutputTensor, Array]]:
+    """The tensors of targets whose rows one adapter changes."""
+    magnitude = adapter.magnitude if isinstance(adapter, Dora) and adapter.axis == "out" else None
+    inner = adapter.inner if isinstance(adapter, Dora) and magnitude is not None else adapter
+    factors = _of_rank(_product(step, targets[0].name, inner, base, noticed), step.rank)
+    if magnitude is None and factors.bias is None and _changes_nothing(factors):
+        noticed.idle.append(step.name)
+    split = _split(step, factors, groups[0])
+    if split.error > 0.0 and not step.truncated:
+        noticed.rounding[step.name] = split.error
+        noticed.folded |= step.fold not in (None, 1.0)
+    yield from _Written(step, factors, split, magnitude, base).tensors(targets, groups, noticed)
+
+
+def _changes_nothing(factors: Lora) -> bool:
+    return factors.scale == 0.0 or is_zero(factors.down) or is_zero(factors.up)
+
+
+def _native(step: Step, source: Source, noticed: Execution) -> Iterator[tuple[OutputTensor, Array]]:
+    for target, form, group in zip(step.source.modules, step.native, step.outputs, strict=True):
+        arrays = native_tensors(source, step.source, form, target)
         for tensor in group:
-            if tensor.role == "alpha":
-                yield tensor, _alpha(step, tensor)
-                continue
-            values, factor = (rows.down, split.down) if tensor.role == "down" else (rows.up, split.up)
-            yield tensor, _converted(values, factor, tensor, noticed)
+            if not is_finite(arrays[tensor.role]):
+                message = f"Its values do not fit {tensor.dtype}."
+                fix = "A wider dtype (--dtype fp32) may hold them."
+                noticed.findings.append(Finding("overflow", "error", tensor.name, message, fix))
+            yield tensor, arrays[tensor.role]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A step's matrices on their way into tensors: the factors, what multiplies them, and what stands beside them."""
+
+    step: Step
+    factors: Lora
+    split: Split
+    magnitude: Array | None
+    base: Base | None
+
+    def tensors(
+        self, targets: Sequence[Module], groups: Sequence[tuple[OutputTensor, ...]], noticed: Execution
+    ) -> Iterator[tuple[OutputTensor, Array]]:
+        """Every target's tensors: the rows that are its own."""
+        first = 0
+        for target, group in zip(targets, groups, strict=True):
+            rows = slice(first, first + target.shape[0])
+            first = rows.stop
+            made: dict[str, Array] = {}
+            for tensor in group:
+                made[tensor.role] = self._values(tensor, rows, made, noticed)
+                yield tensor, made[tensor.role]
+
+    def _values(self, tensor: OutputTensor, rows: slice, made: Mapping[str, Array], noticed: Execution) -> Array:
+        if tensor.role == "down":
+            return _converted(self.factors.down, self.split.down, tensor, noticed)
+        if tensor.role == "up":
+            return _converted(self.factors.up[rows], self.split.up, tensor, noticed)
+        if tensor.role == "alpha":
+            return np.array(self.step.alpha, numpy_dtype(tensor.dtype))
+        if tensor.role == "bias":
+            bias = self.factors.bias
+            values = np.zeros(tensor.shape, np.float32) if bias is None else bias.reshape(-1)[rows]
+            return _converted(values, 1.0, tensor, noticed)
+        if self.magnitude is not None:
+            return _converted(self.magnitude.reshape(-1)[rows], 1.0, tensor, noticed)
+        return _converted(self._norms(rows, made), 1.0, tensor, noticed)
+
+    def _norms(self, rows: slice, made: Mapping[str, Array]) -> Array:
+        """‖W+ΔW‖ of every row, with the factors as they were rounded: the magnitude that changes nothing."""
+        assert self.base is not None
+        weight = self.base["weight"][rows].reshape(rows.stop - rows.start, -1).astype(np.float64)
+        up, down = (made[role].astype(np.float64).reshape(made[role].shape[0], -1) for role in ("up", "down"))
+        return np.asarray(np.linalg.norm(weight + self.step.alpha / self.step.rank * (up @ down), axis=1))
 
 
 def _converted(values: Array, factor: float, tensor: OutputTensor, noticed: Execution) -> Array:
@@ -125,43 +282,79 @@ def _converted(values: Array, factor: float, tensor: OutputTensor, noticed: Exec
             fix = "A wider dtype (--dtype fp32) may hold them; --alpha header keeps the scale out of the matrices."
             noticed.findings.append(Finding("overflow", "error", tensor.name, message, fix))
         shrinks = factor and (abs(factor) < 1.0 or dtype != values.dtype)
-        lost = count_zeros(converted) - count_zeros(values) if shrinks else 0
-        if lost > 0:
+        zeros = count_zeros(converted) if shrinks else 0
+        if zeros and (lost := zeros - count_zeros(values)) > 0:
             noticed.underflows[tensor.name] = lost
     return converted.reshape(tensor.shape)
+
+
+def ranks_for(
+    plan: Plan, source: Source, weights: BaseWeights | None = None, progress: Progress | None = None
+) -> dict[str, int]:
+    """The smallest rank of every truncated step that keeps to `--max-error`, by the step's name."""
+    assert plan.options.max_error is not None
+    ranks = {}
+    for step in plan.steps:
+        if step.truncated:
+            tensors = read_matrices(source, step.source)
+            if _all_finite(step, tensors, Execution()):  # what is not finite is said when the step runs
+                adapter = adapter_of(tensors, step.source)
+                base = weights.of(step.source.modules) if weights is not None and step.needs_base else None
+                parts = by_target(adapter, step.source, base)
+                allowed = _before_rounding(plan.options.max_error, step.outputs[0])
+                ranks[step.name] = max(_rank_for(part, rows, allowed) for _, part, rows in parts)
+        if progress:
+            progress(1)
+    return ranks
+
+
+def _before_rounding(max_error: float, group: Sequence[OutputTensor]) -> float:
+    """What truncating may lose so that with the rounding of both factors the error is what was asked for."""
+    rounding = math.sqrt(2) * max(TOLERANCE[tensor.dtype] for tensor in group if tensor.role in ("down", "up"))
+    return math.sqrt(max(max_error**2 - rounding**2, (max_error / 2) ** 2))
+
+
+def _rank_for(adapter: Adapter, base: Base | None, max_error: float) -> int:
+    inner = adapter.inner if isinstance(adapter, Dora) and adapter.axis == "out" else adapter
+    return max(1, spectrum(inner, base).rank_for(max_error))
 
 
 def execute(
     plan: Plan,
     source: Source,
-    file: BinaryIO,
-    metadata: dict[str, str],
+    files: Sequence[BinaryIO],
+    metadata: Sequence[dict[str, str]],
     source_sha256: Callable[[], str],
     progress: Progress | None = None,
+    weights: BaseWeights | None = None,
 ) -> Execution:
-    """Write the plan's output to an open file, header last because it holds hashes of what comes before.
+    """Write the plan's outputs to open files, headers last because they hold hashes of what comes before.
 
     `source_sha256` is asked last, so that the source can be hashed meanwhile. Returns what was noticed; if that has
-    errors, the file's content is not to be used.
+    errors, the files' contents are not to be used.
     """
     noticed = Execution()
-    start = len(header_bytes(plan.tensors, metadata))
-    places = offsets(plan.tensors)
+    starts = [len(header_bytes(out.tensors, entries)) for out, entries in zip(plan.outputs, metadata, strict=True)]
+    places = [offsets(output.tensors) for output in plan.outputs]
     for step in plan.steps:
-        for tensor, values in run_step(step, source, noticed) if step.outputs else ():
-            file.seek(start + places[tensor.name])
+        for tensor, values in run_step(step, source, noticed, weights) if step.outputs else ():
+            file = files[tensor.file]
+            file.seek(starts[tensor.file] + places[tensor.file][tensor.name])
             file.write(np.ascontiguousarray(values).view(np.uint8).data if values.size else b"")
         if progress:
             progress(sum(source.header.tensors[name].nbytes for name in step.source.tensors.values()))
     if not noticed.findings:
-        tensors, legacy = _content_hashes(plan, file, start, metadata)
-        final = with_hashes(metadata, Hashes(tensors, legacy, source_sha256()))
-        file.seek(0)
-        file.write(header_bytes(plan.tensors, final))
+        for output, file, start, entries in zip(plan.outputs, files, starts, metadata, strict=True):
+            tensors, legacy = _content_hashes(output.tensors, file, start, entries)
+            final = with_hashes(entries, Hashes(tensors, legacy, source_sha256()))
+            file.seek(0)
+            file.write(header_bytes(output.tensors, final))
     return noticed
 
 
-def _content_hashes(plan: Plan, file: BinaryIO, start: int, metadata: dict[str, str]) -> tuple[str, str]:
+def _content_hashes(
+    written: Sequence[OutputTensor], file: BinaryIO, start: int, metadata: dict[str, str]
+) -> tuple[str, str]:
     """SHA-256 and kohya's legacy hash of the data just written, if the metadata asks for them.
 
     kohya's legacy hash is of the file as it would be with training metadata alone, so positions count from there.
@@ -170,7 +363,7 @@ def _content_hashes(plan: Plan, file: BinaryIO, start: int, metadata: dict[str, 
         return "", ""
     size = file.seek(0, 2) - start
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    training_header = header_bytes(plan.tensors, training)
+    training_header = header_bytes(written, training)
 
     def read_at(offset: int, length: int) -> bytes:
         inside = training_header[offset : offset + length]

@@ -1,10 +1,4 @@
-"""The proof without torch: structure, numbers and ΔW of an output, compared with its source module by module.
-
-ΔW is never formed: for low-rank changes the norm of a difference follows from the factors. With A₂ ≈ c·A₁ the
-difference is written as products of small rests, so that nothing cancels:
-    s₂B₂A₂ − s₁B₁A₁ = s₂(D_B·A₂ + t·B₁·D_A),  D_A = A₂ − cA₁,  D_B = B₂ − tB₁,  t = s₁/(s₂c)
-and ‖X·Y‖² = ⟨XᵀX, YYᵀ⟩ takes r × r matrices only.
-"""
+"""The proof without torch: structure, numbers and ΔW of an output, compared with its source module by module."""
 
 from __future__ import annotations
 
@@ -15,25 +9,43 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lora_convert.containers import Source
-from lora_convert.converters.adapters import ALGORITHMS, Adapter, Lora, read_adapter, read_matrices
-from lora_convert.converters.folding import rescaled
-from lora_convert.converters.values import count_zeros, is_finite, is_zero, peak
+from lora_convert.converters.adapters import ALGORITHMS, Adapter, Base, Dora, read_adapter, read_matrices
+from lora_convert.converters.base import BaseWeights
+from lora_convert.converters.comparing import change_error, change_norm, relative_error
+from lora_convert.converters.metadata import is_truncated
+from lora_convert.converters.spectra import spectrum
+from lora_convert.converters.targets import by_target
+from lora_convert.converters.values import count_zeros, is_finite, is_zero
+from lora_convert.errors import BaseNeeded, Unrepresentable
+from lora_convert.families import Module
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.report import MOST_FINDINGS, Finding, counted, json_number, listed
 
-__all__ = ["Rung", "check_deltas", "check_numbers", "check_structure", "module_figures", "relative_error"]
+__all__ = [
+    "TOLERANCE",
+    "Opened",
+    "Rung",
+    "check_deltas",
+    "check_numbers",
+    "check_structure",
+    "module_figures",
+    "relative_error",
+]
 
 Array = NDArray[Any]
+
+Opened = tuple[Source, Detection]
+"""An open weight file, and what it was found to be."""
 
 TOLERANCE: Mapping[str, float] = {"F32": 1e-6, "F64": 1e-6, "F16": 3e-4, "BF16": 2.4e-3}
 """Largest relative error of ΔW, by the output's dtype: one factor rounded once, uniformly distributed mantissas."""
 
-_CANCELLED = 1e-3  # where less remains of a sum in float32, it is mostly rounding errors
-_SAFE = (2.0**-40, 2.0**40)  # peaks of matrices whose squares can be summed in float32
+_COMPUTED_F32 = 1e-5
+"""The same for factors that were computed in float32 out of others."""
+
 _BATCH = 8  # modules that a thread compares at a time
 _MOST_THREADS = 4  # each holds the matrices of one module
 
@@ -51,182 +63,124 @@ class Rung:
         return {"status": self.status, "reason": self.reason, **self.figures}
 
 
-def _product_norm(left: Array, right: Array) -> float:
-    """‖left · right‖ for (m, r) and (r, n)."""
-    terms = np.multiply(left.T @ left, right @ right.T, dtype=np.float64)
-    square = float(terms.sum())
-    if square > _CANCELLED * float(np.abs(terms).sum()):
-        return math.sqrt(square)
-    triangle = np.linalg.qr(left.astype(np.float64), mode="r")  # keeps the norm, and squares nothing before the sum
-    return float(np.linalg.norm(triangle @ right.astype(np.float64)))
+@dataclass(frozen=True)
+class _Place:
+    """Where the change of one target is held: by which module of which file."""
+
+    source: Source
+    module: AdaptedModule
+    target: Module
+
+    @property
+    def changes_nothing(self) -> bool:
+        return self.module.rank == 0
+
+    def adapter(self, weights: BaseWeights | None) -> Adapter:
+        """The target's own adapter. The base model's weights are for one that does not split by rows."""
+        whole = read_adapter(self.source, self.module)
+        several = weights is not None and len(self.module.modules) > 1
+        base = weights.of(self.module.modules) if several and weights is not None else None
+        return next(adapter for target, adapter, _ in by_target(whole, self.module, base) if target is self.target)
+
+    def dtypes(self) -> set[str]:
+        names = [name for part, name in self.module.tensors.items() if part not in ("alpha", "scalar", "on_input")]
+        return {self.source.header.tensors[name].dtype for name in names}
 
 
-def _is_close_to_power(value: float) -> float:
-    """The power of two that a ratio means if it is within rounding of one, else the ratio."""
-    if not value or not math.isfinite(value):
-        return value
-    power = math.copysign(2.0 ** round(math.log2(abs(value))), value)
-    return power if abs(value / power - 1.0) < 1e-3 else value
+def _places(files: Sequence[Opened]) -> dict[str, _Place]:
+    """By the target's name."""
+    return {
+        target.name: _Place(source, module, target)
+        for source, found in files
+        for module in found.payload
+        for target in module.modules
+    }
 
 
-def _ratio(second: Array, first: Array) -> float:
-    """C for which second ≈ c·first."""
-    square = float(np.vdot(first, first))
-    return _is_close_to_power(float(np.vdot(first, second)) / square) if square else 0.0
-
-
-def _difference(first: Lora, second: Lora) -> float:
-    """‖ΔW₂ − ΔW₁‖ by small rests, for factors of one shape."""
-    ratio = _ratio(second.down, first.down)
-    if not ratio or not second.scale:
-        return _general_difference(first, second)
-    rest_down = second.down - ratio * first.down
-    if float(np.vdot(rest_down, rest_down)) > 1e-2 * float(np.vdot(second.down, second.down)):
-        return _general_difference(first, second)  # other factors, perhaps of the same product
-    through = first.scale / (second.scale * ratio)
-    rest_up = second.up - through * first.up
-    if not rest_down.any():
-        return abs(second.scale) * _product_norm(rest_up, second.down) if rest_up.any() else 0.0
-    if not rest_up.any():
-        return abs(second.scale * through) * _product_norm(first.up, rest_down)
-    left = np.concatenate([rest_up, through * first.up], axis=1)
-    right = np.concatenate([second.down, rest_down], axis=0)
-    return abs(second.scale) * _product_norm(left, right)
-
-
-def _general_difference(first: Lora, second: Lora) -> float:
-    """‖ΔW₂ − ΔW₁‖ for any ranks, in float64 because the terms cancel."""
-    left = np.concatenate(
-        [second.scale * second.up.astype(np.float64), -first.scale * first.up.astype(np.float64)], axis=1
-    )
-    right = np.concatenate([second.down.astype(np.float64), first.down.astype(np.float64)], axis=0)
-    return _product_norm(left, right)
-
-
-def _wide(adapter: Lora) -> Lora:
-    """The factors in float32 where that is exact and enough, else in float64."""
-    matrices = adapter.up, adapter.down
-    short = all(values.dtype.itemsize <= 2 and _SAFE[0] < peak(values) < _SAFE[1] for values in matrices)
-    wide = np.float32 if short else np.float64
-    down, up = (_widened(values, np.dtype(wide)) for values in (adapter.down, adapter.up))
-    return Lora(down, up, None, adapter.scale, adapter.kernel)
-
-
-def _widened(values: Array, dtype: np.dtype[Any]) -> Array:
-    # numpy converts halves one by one in software; looking them up takes half the time
-    return rescaled(values, 1.0, dtype) if values.dtype == np.float16 else values.astype(dtype)
-
-
-def _same_bytes(first: Lora, second: Lora) -> bool:
-    return first.scale == second.scale and all(
-        one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
-        for one, other in ((first.down, second.down), (first.up, second.up))
-    )
-
-
-def relative_error(source: Lora, output: Lora) -> float:
-    """‖ΔW_output − ΔW_source‖ / ‖ΔW_source‖; infinite if only the source is zero."""
-    source, output = source.to_lora(), output.to_lora()
-    if _same_bytes(source, output):
-        return 0.0
-    first, second = _wide(source), _wide(output)
-    same = first.down.shape == second.down.shape and first.up.shape == second.up.shape
-    difference = _difference(first, second) if same else _general_difference(first, second)
-    if not difference:
-        return 0.0
-    norm = abs(first.scale) * _product_norm(first.up, first.down)
-    return difference / norm if norm else math.inf
-
-
-def delta_norm(adapter: Adapter) -> float:
-    """‖ΔW‖."""
-    wide = _wide(adapter.to_lora())
-    return abs(wide.scale) * _product_norm(wide.up, wide.down)
+def _doubled(files: Sequence[Opened]) -> list[str]:
+    """Targets that more than one file changes."""
+    names = [target.name for _, found in files for module in found.payload for target in module.modules]
+    return sorted({name for name in names if names.count(name) > 1}) if len(files) > 1 else []
 
 
 def module_figures(
-    output: Source, found: Detection, source: Source | None = None, truth: Detection | None = None
-) -> Iterator[tuple[str, AdaptedModule, float, float | None]]:
-    """Every module of a file: its name, what adapts it, ‖ΔW‖, and its relative error against the source's if there is
-    one that adapts it too.
+    outputs: Sequence[Opened], sources: Sequence[Opened] = (), weights: BaseWeights | None = None
+) -> Iterator[tuple[str, AdaptedModule, float | None, float | None]]:
+    """Every module of an output: its name, what adapts it, ‖ΔW‖, and its relative error against the source's if there
+    is one that adapts it too; None where only the base model's weights could tell.
     """
-    theirs = _by_target(truth) if truth else {}
-    for name, place in _by_target(found).items():
-        ours = _lora(output, place)
-        error = relative_error(_lora(source, theirs[name]), ours) if source and name in theirs else None
-        yield name, place[0], delta_norm(ours), error
+    theirs = _places(sources)
+    for name, place in _places(outputs).items():
+        ours = place.adapter(weights)
+        base = weights.of((place.target,)) if weights is not None else None
+        error = None
+        if name in theirs:
+            try:
+                error = change_error(theirs[name].adapter(weights), ours, base)
+            except BaseNeeded:
+                error = None
+        yield name, place.module, change_norm(ours, base), error
 
 
-def check_structure(detection: Detection) -> Rung:
+def check_structure(outputs: Sequence[Detection]) -> Rung:
     """Every tensor of the output belongs to a module of its family, with the module's shape."""
-    if detection.kind != "lora" or detection.family is None:
-        errors = detection.findings
-    else:
-        errors = tuple(finding for finding in detection.findings if finding.severity == "error")
-    figures = {"modules": len(detection.payload), "tensors": detection.tensors}
-    return Rung("fail" if errors else "pass", figures=figures, findings=errors)
+    findings: list[Finding] = []
+    for found in outputs:
+        sound = found.kind == "lora" and found.family is not None
+        findings += [finding for finding in found.findings if not sound or finding.severity == "error"]
+    figures = {
+        "modules": sum(len(found.payload) for found in outputs),
+        "tensors": sum(found.tensors for found in outputs),
+    }
+    failed = bool(findings)
+    return Rung("fail" if failed else "pass", figures=figures, findings=tuple(findings))
 
 
-def _by_target(detection: Detection) -> dict[str, tuple[AdaptedModule, int, int]]:
-    """Adapted module and its block of rows, by the name of the target module."""
-    found = {}
-    for module in detection.payload:
-        row = 0
-        for target in module.modules:
-            found[target.name] = module, row, row + target.shape[0]
-            row += target.shape[0]
-    return found
-
-
-def _lora(source: Source, place: tuple[AdaptedModule, int, int]) -> Lora:
-    module, start, stop = place
-    adapter = read_adapter(source, module)
-    return (adapter.rows(start, stop) if len(module.modules) > 1 else adapter).to_lora()
-
-
-def _changes_nothing(place: tuple[AdaptedModule, int, int]) -> bool:
-    return place[0].rank == 0
-
-
-def _tolerance(source: Source, module: AdaptedModule, narrowed: bool) -> float:
-    dtypes = {source.header.tensors[module.tensors[part]].dtype for part in ("down", "up")}
-    return max(TOLERANCE.get(dtype, TOLERANCE["F16"]) for dtype in dtypes) * (math.sqrt(2) if narrowed else 1.0)
-
-
-def _missing(ours: Sequence[str], theirs: Sequence[str], message: str) -> list[Finding]:
-    known = set(theirs)
-    lost = [name for name in ours if name not in known]
-    return [Finding("delta-mismatch", "error", "", f"{len(lost)} modules {message}: {listed(lost)}.")] if lost else []
-
-
-def _new_zeros(matrices: Mapping[str, Array], source: Source, place: tuple[AdaptedModule, int, int]) -> int:
+def _new_zeros(matrices: Mapping[str, Array], before: Mapping[str, Array]) -> int:
     """Values that are zero in the output and were not in the source, for matrices that correspond one to one."""
-    before = read_matrices(source, place[0])
     both = matrices.keys() & before.keys() & {"down", "up"} if matrices.keys() == before.keys() else ()
     pairs = [(matrices[part], before[part]) for part in both]
     return sum(max(0, count_zeros(ours) - count_zeros(theirs)) for ours, theirs in pairs if ours.size == theirs.size)
 
 
-def check_numbers(
-    output: Source, found: Detection, source: Source | None = None, truth: Detection | None = None
-) -> Rung:
+_PRODUCTS = frozenset({"lora", "loha", "lokr"})
+"""Algorithms that change nothing as soon as one of their matrices is zero; of others all have to be."""
+
+
+def _is_idle(module: AdaptedModule, matrices: Mapping[str, Array]) -> bool:
+    if module.scale == 0.0:
+        return True
+    if "dora" in module.algorithm or "on_input" in module.tensors:
+        return False
+    any_or_all = any if module.algorithm in _PRODUCTS else all
+    return any_or_all(is_zero(values) for values in matrices.values() if values.dtype.kind not in "iub")
+
+
+def check_numbers(outputs: Sequence[Opened], sources: Sequence[Opened] = ()) -> Rung:
     """All values are finite and not all of them zero; with a source also what the conversion itself made zero.
 
     Infinities that the conversion introduced show here too, since a source that has some is never converted.
     """
-    broken, zero, lost = [], 0, 0
-    places = _by_target(truth) if truth else {}
-    for module in found.payload:
-        matrices = read_matrices(output, module)
-        broken += [module.tensors[part] for part, values in matrices.items() if not is_finite(values)]
-        idle = any(is_zero(values) for values in matrices.values()) or module.scale == 0.0
-        zero += idle
-        if source is not None and not idle and module.modules[0].name in places:
-            lost += _new_zeros(matrices, source, places[module.modules[0].name])
+    broken, zero, lost, modules = [], 0, 0, 0
+    theirs = _places(sources)
+    for output, found in outputs:
+        modules += len(found.payload)
+        for module in found.payload:
+            matrices = read_matrices(output, module)
+            broken += [
+                module.tensors[part]
+                for part, values in matrices.items()
+                if values.dtype.kind not in "iub" and not is_finite(values)
+            ]
+            idle = _is_idle(module, matrices)
+            zero += idle
+            place = theirs.get(module.modules[0].name)
+            if place is not None and not idle:
+                lost += _new_zeros(matrices, read_matrices(place.source, place.module))
     fix = "The file is damaged; train or fetch it again."
     message = "It holds NaN or infinity."
     findings = [Finding("not-finite", "error", name, message, fix) for name in broken[:MOST_FINDINGS]]
-    if zero and zero == len(found.payload):
+    if zero and zero == modules:
         findings.append(Finding("no-effect", "warning", "", "Every module's change is zero: the file changes nothing."))
     if lost:
         message = f"{counted(lost, 'value')} became zero in the output; the delta rung says whether it matters."
@@ -235,55 +189,134 @@ def check_numbers(
     return Rung("fail" if broken else "pass", figures=figures, findings=tuple(findings))
 
 
+def _missing(ours: Sequence[str], theirs: Sequence[str], message: str) -> list[Finding]:
+    known = set(theirs)
+    lost = [name for name in ours if name not in known]
+    return [Finding("delta-mismatch", "error", "", f"{len(lost)} modules {message}: {listed(lost)}.")] if lost else []
+
+
+def _tolerance(theirs: _Place, ours: _Place) -> float:
+    """What rounding to the output's dtype explains: of one factor, or of both where both were changed."""
+    computed = theirs.module.algorithm != ours.module.algorithm or "mid" in theirs.module.tensors
+    limits = dict(TOLERANCE) | ({"F32": _COMPUTED_F32} if computed else {})
+    limit = max(limits.get(dtype, limits["F16"]) for dtype in ours.dtypes())
+    both = computed or theirs.dtypes() != ours.dtypes()
+    return limit * (math.sqrt(2) if both else 1.0)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """A target's error, what is allowed, and, of one that is the best of its rank, that best error."""
+
+    error: float
+    allowed: float
+    best: float | None = None
+
+
+def _judged(theirs: _Place, ours: _Place, weights: BaseWeights | None) -> _Verdict:
+    """Compare one target. Raises BaseNeeded."""
+    base = weights.of((ours.target,)) if weights is not None and _asks_base(theirs, ours) else None
+    source, output = theirs.adapter(weights), ours.adapter(weights)
+    error, limit = change_error(source, output, base), _tolerance(theirs, ours)
+    if error <= limit or not is_truncated(ours.source.header.metadata):
+        return _Verdict(error, limit)
+    best = _best_error(source, output, base)
+    # what rounding adds is orthogonal to what was cut, but for chance
+    return _Verdict(error, math.hypot(best, limit) * (1 + 1e-3), best)
+
+
+def _asks_base(theirs: _Place, ours: _Place) -> bool:
+    """Whether comparing them can need the base model's weights, which take time to read."""
+    plain = {"lora", "loha", "lokr", "full"}
+    return any(part not in plain for module in (theirs.module, ours.module) for part in module.algorithm.split("+"))
+
+
+def _best_error(source: Adapter, output: Adapter, base: Base | None) -> float:
+    """The relative error of the best approximation of the output's rank (Eckart and Young 1936)."""
+    if isinstance(output, Dora):
+        source = source.inner if isinstance(source, Dora) else source
+        output = output.inner
+    return spectrum(source, base).error(output.to_lora().down.shape[0])
+
+
 def check_deltas(
-    output: Source, found: Detection, source: Source, truth: Detection, progress: Callable[[int], None] | None = None
+    outputs: Sequence[Opened],
+    sources: Sequence[Opened],
+    weights: BaseWeights | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Rung:
-    """ΔW of every module of the output against the source's, in relative Frobenius norm; the worst are named."""
-    foreign = {m.algorithm for m in (*found.payload, *truth.payload)} - ALGORITHMS.keys()
+    """What every module of the output changes against the source's, in relative Frobenius norm; the worst are named.
+
+    An output that says that ranks were truncated passes where it is the best of its rank. `weights` is the base model,
+    for algorithms that only it makes comparable.
+    """
+    known = {part for _, found in (*outputs, *sources) for m in found.payload for part in m.algorithm.split("+")}
+    foreign = known - ALGORITHMS.keys() - {"dora"}
     if foreign:
         message = f"The weight changes of {', '.join(sorted(foreign))} cannot be compared by this version."
         return Rung("fail", findings=(Finding("unsupported-kind", "error", "", message),))
-    ours, theirs = _by_target(found), _by_target(truth)
-    theirs = {name: place for name, place in theirs.items() if name in ours or not _changes_nothing(place)}
+    ours, theirs = _places(outputs), _places(sources)
+    theirs = {name: place for name, place in theirs.items() if name in ours or not place.changes_nothing}
     findings = _missing(list(theirs), list(ours), "of the source are not in the output")
     findings += _missing(list(ours), list(theirs), "of the output are not in the source")
+    twice = _doubled(outputs)
+    if twice:
+        findings.append(
+            Finding("duplicate-module", "error", "", f"Two files change the same modules: {listed(twice)}.")
+        )
     names = [name for name in theirs if name in ours]
-
-    def compare(batch: Sequence[str]) -> list[float]:
-        return [relative_error(_lora(source, theirs[name]), _lora(output, ours[name])) for name in batch]
-
-    errors: dict[str, float] = {}
-    batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
-        for batch, results in zip(batches, pool.map(compare, batches), strict=True):
-            errors |= zip(batch, results, strict=True)
-            if progress:
-                progress(len(batch))
-    for name in names:
-        module = ours[name][0]
-        narrowed = _narrowed(source, theirs[name][0], output, module)
-        limit = _tolerance(output, module, narrowed)
-        if not errors[name] <= limit:
-            message = (
-                f"its ΔW differs from the source's by {errors[name]:.2e} of its norm; at most {limit:.1e} is allowed."
-            )
-            fix = "A wider dtype (--dtype fp32) or --alpha header keeps more."
-            findings.append(Finding("delta-mismatch", "error", name, message, fix))
-    worst = sorted(errors, key=lambda name: (-errors[name], name))[:5]
-    figures = {
-        "modules": len(errors),
-        "worst": json_number(errors[worst[0]]) if worst else None,
-        "worst_modules": [{"module": name, "error": json_number(errors[name])} for name in worst if errors[name]],
-        "exact_modules": sum(not error for error in errors.values()),
-    }
+    try:
+        verdicts = _judge_all(names, theirs, ours, weights, progress)
+    except BaseNeeded as error:
+        reason = f"{error}; name the base model with --base"
+        return Rung("fail" if findings else "skipped", reason, findings=tuple(findings[:MOST_FINDINGS]))
+    except Unrepresentable as error:
+        unclear = Finding("unsupported-kind", "error", "", f"A module's change cannot be read: {error}.")
+        return Rung("fail", findings=(*findings, unclear)[:MOST_FINDINGS])
+    findings += [_mismatch(name, found) for name, found in verdicts.items() if not found.error <= found.allowed]
+    figures = _figures(verdicts)
     failed = bool(findings)
     return Rung("fail" if failed else "pass", figures=figures, findings=tuple(findings[:MOST_FINDINGS]))
 
 
-def _narrowed(source: Source, before: AdaptedModule, output: Source, after: AdaptedModule) -> bool:
-    """Whether both factors were rounded, because the output's dtype is narrower."""
-    bits = [
-        {source.header.tensors[before.tensors[part]].dtype for part in ("down", "up")},
-        {output.header.tensors[after.tensors[part]].dtype for part in ("down", "up")},
-    ]
-    return bits[0] != bits[1]
+def _judge_all(
+    names: Sequence[str],
+    theirs: Mapping[str, _Place],
+    ours: Mapping[str, _Place],
+    weights: BaseWeights | None,
+    progress: Callable[[int], None] | None,
+) -> dict[str, _Verdict]:
+    def judge(batch: Sequence[str]) -> list[_Verdict]:
+        return [_judged(theirs[name], ours[name], weights) for name in batch]
+
+    verdicts: dict[str, _Verdict] = {}
+    batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
+        for batch, results in zip(batches, pool.map(judge, batches), strict=True):
+            verdicts |= zip(batch, results, strict=True)
+            if progress:
+                progress(len(batch))
+    return verdicts
+
+
+def _mismatch(name: str, found: _Verdict) -> Finding:
+    message = f"its change differs from the source's by {found.error:.2e} of its norm; at most {found.allowed:.1e} is "
+    if found.best is not None:
+        message += "what a matrix of its rank needs to differ."
+        return Finding("delta-mismatch", "error", name, message)
+    fix = "A wider dtype (--dtype fp32) or --alpha header keeps more."
+    return Finding("delta-mismatch", "error", name, f"{message}allowed.", fix)
+
+
+def _figures(verdicts: Mapping[str, _Verdict]) -> dict[str, Any]:
+    worst = sorted(verdicts, key=lambda name: (-verdicts[name].error, name))[:5]
+    figures: dict[str, Any] = {
+        "modules": len(verdicts),
+        "worst": json_number(verdicts[worst[0]].error) if worst else None,
+        "worst_modules": [
+            {"module": name, "error": json_number(verdicts[name].error)} for name in worst if verdicts[name].error
+        ],
+        "exact_modules": sum(not found.error for found in verdicts.values()),
+    }
+    truncated = sum(found.best is not None for found in verdicts.values())
+    return figures | ({"truncated_modules": truncated} if truncated else {})

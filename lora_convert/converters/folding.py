@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_convert.converters.values import BITS, magnitudes, peak
+from lora_convert.converters.values import BITS, magnitudes, peak, to_half
 
 __all__ = ["Split", "rescaled", "split_scale"]
 
@@ -26,6 +26,7 @@ _TABLE_FROM = 1 << 13
 _SAMPLE = 1 << 12
 _ANYWHERE = 1 << 11
 _STEPS = (2.0, 0.5, 4.0, 0.25, 8.0, 0.125)
+_ROUNDED = 0.23  # of eps: what rounding a matrix of uniformly distributed mantissas costs, with some room
 _GAIN = 0.98  # a more intrusive split has to be better than an estimate's noise
 
 
@@ -89,10 +90,15 @@ class _Factor:
         self._peak = peak(values)
         self._sample = _sample(values)
         self._weight = values.size / max(1, self._sample.size)
-        self._small = self._population(magnitudes(values), reach + 1)
+        self._values, self._exponents = values, reach + 1
         self._norm = float(np.square(self._sample).sum()) * self._weight
         if not self._norm:
             self._norm = float(np.square(self._small.view(self._source).astype(np.float64)).sum())
+
+    @cached_property
+    def _small(self) -> Array:
+        """The magnitudes that a power of two can round, as bits."""
+        return self._population(magnitudes(self._values), self._exponents)
 
     def levels(self) -> tuple[float, float]:
         """The norm per element in smallest normal numbers of the dtype, and the peak in largest numbers."""
@@ -166,11 +172,15 @@ def split_scale(down: Array, up: Array, scale: float, down_dtype: DType, up_dtyp
         return Split(1.0, 0.0)
     mantissa, exponent = math.frexp(scale)
     odd, exponent = 2.0 * mantissa, exponent - 1
-    changes = (down.dtype, up.dtype) != (down_dtype, up_dtype)
+    pairs = ((down.dtype, down_dtype), (up.dtype, up_dtype))
+    changes = any(source != target for source, target in pairs)
+    narrowed = sum(_finfo(source).nmant > _finfo(target).nmant for source, target in pairs)
     first, second = _Factor(down, down_dtype, abs(exponent)), _Factor(up, up_dtype, abs(exponent))
-    best = _least(first, second, _ways(odd, exponent, _inside(exponent)), Split(1.0, scale, math.inf))
-    rounding = 0.0 if changes else min(float(_finfo(dtype).eps) / 2 for dtype in (down_dtype, up_dtype))
-    if best.error > rounding:
+    ways, worst = _ways(odd, exponent, _inside(exponent)), Split(1.0, scale, math.inf)
+    eps = min(float(_finfo(dtype).eps) for dtype in (down_dtype, up_dtype))
+    unavoidable = _ROUNDED * eps * math.sqrt(narrowed)
+    best = _least(first, second, ways, worst, unavoidable)
+    if best.error > (unavoidable if changes else eps / 2):
         first, second = _Factor(down, down_dtype, _ANYWHERE), _Factor(up, up_dtype, _ANYWHERE)
         best = _climb(first, second, _least(first, second, _ways(odd, exponent, _level(first, second, exponent)), best))
     return best
@@ -185,12 +195,15 @@ def _climb(first: _Factor, second: _Factor, best: Split) -> Split:
         best = better
 
 
-def _least(first: _Factor, second: _Factor, ways: Iterable[tuple[float, float]], best: Split) -> Split:
+def _least(
+    first: _Factor, second: _Factor, ways: Iterable[tuple[float, float]], best: Split, enough: float = 0.0
+) -> Split:
+    """The way of least error, or the first one with no more than `enough`."""
     for down, up in ways:
         error = math.sqrt(first.cost(down) + second.cost(up))
         if error < _GAIN * best.error:
             best = Split(down, up, error)
-        if not error:
+        if error <= enough:
             break
     return best
 
@@ -204,6 +217,11 @@ def _table(source: str, target: str, factor: float) -> Array:
 
 def _multiplied(values: Array, factor: float, dtype: DType) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
+        power = abs(math.frexp(factor)[0]) == 0.5 and 2.0**-60 <= abs(factor) <= 2.0**60
+        if power and values.dtype == np.float32 and dtype == np.float16:  # what float32 loses is nothing in float16
+            return to_half(values if factor == 1.0 else values * np.float32(factor))
+        if factor == 1.0:
+            return np.asarray(values.astype(dtype))
         return np.asarray((values.astype(np.float64) * factor).astype(dtype))
 
 

@@ -10,29 +10,40 @@ from typing import Any, ClassVar, Protocol
 
 from lora_convert.families import Family, Module
 
-__all__ = ["LAYOUTS", "Layout", "Written"]
+__all__ = ["CANONICAL_NAME", "LAYOUTS", "Layout", "Written"]
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What the header has to know of one module: its rank, and the alpha that a reader shall use."""
+    """What the header has to know of one module: its rank, the alpha that a reader shall use, and what else it has."""
 
     module: Module
     rank: int
     alpha: float
+    magnitude: bool = False
+    bias: bool = False
 
 
 class Layout(Protocol):
-    """A way to write adapters down. `folds`: the scale may be folded into the matrices."""
+    """A way to write adapters down.
+
+    `folds`: the scale may be folded into the matrices; `separates`: within a component either every module has a
+    magnitude or none, and either every one has a bias or none.
+    """
 
     folds: ClassVar[bool]
+    separates: ClassVar[bool]
 
     def file_name(self, source: str) -> str:
         """The output's name in a folder, given the source's name without its ending."""
         ...
 
     def names(self, family: Family, modules: Sequence[Module]) -> Mapping[Module, Mapping[str, str]]:
-        """For every module the tensor names by role (`down`, `up`, perhaps `alpha`)."""
+        """For every module the tensor names by role: `down`, `up`, `magnitude`, `bias`, perhaps `alpha`."""
+        ...
+
+    def magnitude_shape(self, module: Module) -> tuple[int, ...]:
+        """The shape in which a magnitude per output is stored."""
         ...
 
     def adapter_metadata(self, written: Sequence[Written]) -> str | None:
@@ -44,8 +55,14 @@ class Layout(Protocol):
         ...
 
 
-_PEFT = {"down": "lora_A.weight", "up": "lora_B.weight"}
-_LINEAR_LAYER = {"down": "lora_linear_layer.down.weight", "up": "lora_linear_layer.up.weight"}
+_MAGNITUDE = {"magnitude": "lora_magnitude_vector.weight"}
+_PEFT = {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias", **_MAGNITUDE}
+_LINEAR_LAYER = {
+    "down": "lora_linear_layer.down.weight",
+    "up": "lora_linear_layer.up.weight",
+    "bias": "lora_linear_layer.up.bias",
+    **_MAGNITUDE,
+}
 
 
 def _common(values: Sequence[float]) -> float:
@@ -58,21 +75,23 @@ def _plain(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-_CANONICAL_NAME = "pytorch_lora_weights.safetensors"
+CANONICAL_NAME = "pytorch_lora_weights.safetensors"
 
 
 class Diffusers:
     """The canonical layout: `<component>.<module>.lora_A.weight`, `pytorch_lora_weights.safetensors`.
 
     The header's `lora_adapter_metadata` has only fields that every peft since 0.15 knows; unknown ones make older
-    versions fail. Patterns are regular expressions to peft: anchored for the UNet, where one module's path can end
-    another's; for text encoders without `text_model.` and unanchored, since transformers 5 dropped that part.
+    versions fail. `use_dora` and `lora_bias` are there where they are true. Patterns are regular expressions to peft:
+    anchored for the UNet, where one module's path can end another's; for text encoders without `text_model.` and
+    unanchored, since transformers 5 dropped that part.
     """
 
     folds: ClassVar[bool] = True
+    separates: ClassVar[bool] = True
 
     def file_name(self, source: str) -> str:
-        return _CANONICAL_NAME
+        return CANONICAL_NAME
 
     def names(self, family: Family, modules: Sequence[Module]) -> Mapping[Module, Mapping[str, str]]:
         by_component: dict[str, list[Module]] = {}
@@ -84,6 +103,9 @@ class Diffusers:
             for module in members:
                 names[module] = {role: f"{module.name}.{suffix}" for role, suffix in suffixes.items()}
         return names
+
+    def magnitude_shape(self, module: Module) -> tuple[int, ...]:
+        return (1, module.shape[0], 1, 1) if len(module.shape) == 4 else module.shape[:1]
 
     def adapter_metadata(self, written: Sequence[Written]) -> str | None:
         content: dict[str, Any] = {}
@@ -97,6 +119,8 @@ class Diffusers:
                 "rank_pattern": {keys[item.module]: item.rank for item in members if item.rank != rank},
                 "alpha_pattern": {keys[item.module]: _plain(item.alpha) for item in members if item.alpha != alpha},
                 "target_modules": [keys[item.module].removeprefix("^") for item in members],
+                **({"use_dora": True} if any(item.magnitude for item in members) else {}),
+                **({"lora_bias": True} if any(item.bias for item in members) else {}),
             }
             content |= {f"{component}.{name}": value for name, value in fields.items()}
         return json.dumps(content, indent=2, sort_keys=True)
@@ -126,13 +150,20 @@ class Kohya:
     """
 
     folds: ClassVar[bool] = False
+    separates: ClassVar[bool] = False
 
     def file_name(self, source: str) -> str:
         """The source's own name, by which users of ComfyUI and A1111 call a LoRA, unless it is the canonical one."""
-        named = source and f"{source}.safetensors" != _CANONICAL_NAME
+        named = source and f"{source}.safetensors" != CANONICAL_NAME
         return f"{source}.safetensors" if named else "lora.safetensors"
 
-    _SUFFIXES: ClassVar[Mapping[str, str]] = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
+    _SUFFIXES: ClassVar[Mapping[str, str]] = {
+        "down": "lora_down.weight",
+        "up": "lora_up.weight",
+        "alpha": "alpha",
+        "magnitude": "dora_scale",
+        "bias": "diff_b",
+    }
 
     def names(self, family: Family, modules: Sequence[Module]) -> Mapping[Module, Mapping[str, str]]:
         names = {}
@@ -144,6 +175,9 @@ class Kohya:
             stem = prefix + path.replace(".", "_")
             names[module] = {role: f"{stem}.{suffix}" for role, suffix in self._SUFFIXES.items()}
         return names
+
+    def magnitude_shape(self, module: Module) -> tuple[int, ...]:
+        return (module.shape[0], *(1 for _ in module.shape[1:]))
 
     def adapter_metadata(self, written: Sequence[Written]) -> str | None:
         return None

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_convert.converters.layout import LAYOUTS
-from lora_convert.converters.plan import Plan
+from lora_convert.converters.plan import Options, OutputFile, Plan
 from lora_convert.families import FAMILIES
 
-__all__ = ["STALE", "Hashes", "output_metadata", "with_hashes"]
+__all__ = ["STALE", "Hashes", "is_truncated", "output_metadata", "with_hashes"]
 
 PROVENANCE = "lora_convert."
 
@@ -34,14 +34,14 @@ _LATE = {**STALE, f"{PROVENANCE}source_sha256": "source"}
 _UNKNOWN = Hashes("0" * 64, "0" * 8, "0" * 64)
 
 
-def output_metadata(plan: Plan, version: str) -> dict[str, str]:
-    """The output's metadata, sorted; hashes are zeros of the right length until `with_hashes` fills them in."""
+def output_metadata(plan: Plan, output: OutputFile, version: str) -> dict[str, str]:
+    """One output's metadata, sorted; hashes are zeros of the right length until `with_hashes` fills them in."""
     source = plan.detection.metadata or {}
     family = FAMILIES[plan.detection.family or ""]
     kept = {
         key: value for key, value in source.items() if key != "lora_adapter_metadata" and not key.startswith(PROVENANCE)
     }
-    if "modelspec.implementation" in kept:
+    if "modelspec.implementation" in kept and plan.layout in LAYOUTS:
         kept["modelspec.implementation"] = LAYOUTS[plan.layout].implementation(family)
     kept["format"] = "pt"
     kept[f"{PROVENANCE}version"] = version
@@ -49,9 +49,21 @@ def output_metadata(plan: Plan, version: str) -> dict[str, str]:
     kept[f"{PROVENANCE}family"] = family.name
     if plan.detection.trainer:
         kept[f"{PROVENANCE}trainer"] = plan.detection.trainer
-    if plan.adapter_metadata:
-        kept["lora_adapter_metadata"] = plan.adapter_metadata
+    if any(step.truncated for step in plan.steps):
+        kept |= {f"{PROVENANCE}{name}": f"{value:g}" for name, value in _truncation(plan.options).items()}
+    if output.adapter_metadata:
+        kept["lora_adapter_metadata"] = output.adapter_metadata
     return dict(sorted(with_hashes(kept, _UNKNOWN).items()))
+
+
+def _truncation(options: Options) -> dict[str, float]:
+    asked = {"rank": options.rank, "max_error": options.max_error}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def is_truncated(metadata: Mapping[str, str]) -> bool:
+    """Whether an output says that ranks were cut, so that its changes are the closest of their ranks."""
+    return f"{PROVENANCE}rank" in metadata or f"{PROVENANCE}max_error" in metadata
 
 
 def with_hashes(metadata: Mapping[str, str], hashes: Hashes) -> dict[str, str]:

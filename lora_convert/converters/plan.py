@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
 from lora_convert.containers.dtypes import BITS, nbytes, numpy_dtype
 from lora_convert.containers.header import Header
-from lora_convert.converters.layout import LAYOUTS, Written
-from lora_convert.errors import UsageError
+from lora_convert.converters.adapters import Form, form_of
+from lora_convert.converters.layout import LAYOUTS, Layout, Written
+from lora_convert.converters.native import (
+    WEIGHTS_NAME,
+    NativeForm,
+    adapter_config,
+    native_form,
+    native_groups,
+    tensor_name,
+)
+from lora_convert.converters.refusals import LOSES_TOO_MUCH, not_native, refusals
+from lora_convert.errors import Unrepresentable, UsageError
 from lora_convert.families import FAMILIES, Family, Module
 from lora_convert.inspect.detection import AdaptedModule, Detection
-from lora_convert.report import SCHEMA, Finding, listed, severest
+from lora_convert.report import SCHEMA, Finding, counted, listed, severest
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-__all__ = ["AlphaMode", "Options", "OutputTensor", "Plan", "Step", "make_plan"]
+__all__ = ["TARGETS", "AlphaMode", "Options", "OutputFile", "OutputTensor", "Plan", "Step", "magnitude_of", "make_plan"]
 
 AlphaMode = Literal["fold", "header"]
+
+TARGETS = (*LAYOUTS, "peft")
+"""What `--to` takes: the layouts, and peft's own form of every algorithm."""
 
 DTYPES: Mapping[str, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _OUTPUT_DTYPE: Mapping[str, str] = {"F8_E4M3": "F16", "F8_E5M2": "F16", "F64": "F32"}
@@ -30,7 +40,11 @@ _OUTPUT_DTYPE: Mapping[str, str] = {"F8_E4M3": "F16", "F8_E5M2": "F16", "F64": "
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user can ask of a conversion."""
+    """What a user can ask of a conversion.
+
+    `rank` and `max_error` (relative Frobenius norm) truncate what has no exact form of that size; `base` is a model
+    whose weights decide what some algorithms change.
+    """
 
     to: str = "diffusers"
     family: str | None = None
@@ -38,29 +52,52 @@ class Options:
     dtype: str | None = None
     config: str | Path | None = None
     skip: tuple[str, ...] = ()
+    rank: int | None = None
+    max_error: float | None = None
+    base: str | Path | None = None
 
     def checked(self) -> Options:
-        """Itself. Raises UsageError for a value that does not exist."""
+        """Itself. Raises UsageError for a value that does not exist, or that does not go with another."""
         for name, value, known in (
-            ("--to", self.to, LAYOUTS),
+            ("--to", self.to, TARGETS),
             ("--alpha", self.alpha, ("fold", "header", None)),
             ("--dtype", self.dtype, (*DTYPES, None)),
         ):
             if value not in known:
                 raise UsageError(f"{name} {value!r} is not one of {', '.join(filter(None, known))}")
-        if self.alpha == "fold" and not LAYOUTS[self.to].folds:
+        if self.alpha == "fold" and self.to in LAYOUTS and not LAYOUTS[self.to].folds:
             raise UsageError(f"--alpha fold does not go with --to {self.to}, which keeps alphas as tensors")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank {self.rank} is not a rank; it is 1 or more")
+        if self.max_error is not None and not 0 < self.max_error < 1:
+            raise UsageError(f"--max-error {self.max_error:g} is not a relative error between 0 and 1")
+        for name in ("alpha", "rank", "max_error", "base"):
+            if self.to == "peft" and getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} does not go with --to peft, which keeps what there is")
         return self
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a rank may be cut."""
+        return self.rank is not None or self.max_error is not None
+
+    @property
+    def allowed_error(self) -> float:
+        """The largest relative error of a module's ΔW that a truncation may cause."""
+        return LOSES_TOO_MUCH if self.max_error is None else self.max_error
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor of an output file. `role` is its field in the step: `down`, `up` or `alpha`."""
+    """One tensor of an output file. `role` is its field in the step: `down`, `up`, `magnitude`, `bias` or `alpha`, or
+    in peft's form its suffix; `file` counts the plan's outputs.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     role: str
+    file: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -68,57 +105,102 @@ class OutputTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A weight file to be written: its path (inside the output folder, or whole), and its tensors in file order.
+
+    `adapter_metadata` is for its header, `config` the content of an `adapter_config.json` beside it.
+    """
+
+    path: str
+    tensors: tuple[OutputTensor, ...]
+    adapter_metadata: str | None = None
+    config: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What becomes of the tensors of one adapted module.
 
-    `fold` is the factor that goes into the matrices, `retyped` says that they change their dtype; `alpha` is what the
-    layout states beside them (header or tensor). `outputs` has, for every target module in order, its tensors; none if
-    the module changes nothing (rank 0).
+    `fold` is the factor that goes into the matrices (None: whatever the computed ones still have), `alpha` is what the
+    layout states beside them, `rank` that of the matrices; `truncated` says that they are only the best of that rank,
+    `retyped` that they change their dtype. `native` is peft's form of every target, where that is asked for. `outputs`
+    has, for every target module in order, its tensors; none if the module changes nothing (rank 0).
     """
 
     source: AdaptedModule
-    fold: float
+    fold: float | None
     alpha: float
     outputs: tuple[tuple[OutputTensor, ...], ...]
+    rank: int = 0
+    truncated: bool = False
+    needs_base: bool = False
     retyped: bool = False
+    native: tuple[NativeForm, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of its first target."""
+        return self.source.modules[0].name
 
     @property
     def copies(self) -> bool:
         """Whether the matrices are written byte for byte."""
+        if self.native:
+            return False
         whole = "mid" not in self.source.tensors and len(self.source.modules) == 1
-        return whole and self.fold == 1.0 and not self.retyped
+        return whole and self.fold == 1.0 and not self.retyped and not self.truncated
 
 
 @dataclass(frozen=True)
 class Plan:
     """A conversion before it runs: shown by `--dry-run`, checked, then executed.
 
-    `tensors` are the output file's, in file order; `steps` say where each comes from. `status` is `planned`, `refused`
+    `outputs` are the files, `steps` say where each of their tensors comes from. `status` is `planned`, `refused`
     (understood, but not doable as asked) or `failed` (the file is wrong); then there are findings of severity error.
+    Ranks that only the values decide (`--max-error` alone) are stated as bounds until `resolved`.
     """
 
     file: str
     status: Literal["planned", "refused", "failed"]
     detection: Detection
-    layout: str = "diffusers"
-    alpha: AlphaMode = "fold"
-    file_name: str = ""
+    options: Options = Options()
+    outputs: tuple[OutputFile, ...] = ()
     steps: tuple[Step, ...] = ()
-    tensors: tuple[OutputTensor, ...] = ()
-    adapter_metadata: str | None = None
     findings: tuple[Finding, ...] = ()
+    resolved: bool = True
 
     @property
     def ok(self) -> bool:
         return self.status == "planned"
 
     @property
+    def layout(self) -> str:
+        """The layout that is written, a key of `TARGETS`."""
+        return self.options.to
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where the files go."""
+        return tuple(Path(output.path) for output in self.outputs)
+
+    @property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        """The tensors of all files."""
+        return tuple(tensor for output in self.outputs for tensor in output.tensors)
+
+    @property
     def bytes(self) -> int:
-        """Size of the output's tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        """Size of the outputs' tensors."""
+        return sum(output.bytes for output in self.outputs)
 
     def as_dict(self) -> dict[str, Any]:
         """The content of `convert --dry-run --json`."""
+        files = [{"path": file.path, "tensors": len(file.tensors), "bytes": file.bytes} for file in self.outputs]
         return {
             "schema": SCHEMA,
             "file": self.file,
@@ -127,7 +209,8 @@ class Plan:
             "trainer": self.detection.trainer,
             "to": self.layout,
             "modules": len(self.steps),
-            "outputs": [{"path": self.file_name, "tensors": len(self.tensors), "bytes": self.bytes}] if self.ok else [],
+            "outputs": files if self.ok else [],
+            "bounds": not self.resolved,
             "steps": [_step_dict(step) for step in self.steps],
             "findings": [finding.as_dict() for finding in self.findings],
         }
@@ -141,36 +224,10 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "to": [tensor.name for group in step.outputs for tensor in group],
         "fold": step.fold,
         "alpha": step.alpha,
+        "rank": step.rank,
+        "truncated": step.truncated,
         "copied": step.copies,
     }
-
-
-_TITLES: Mapping[str, str] = {
-    "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "ia3": "(IA)³", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT",
-    "full": "full weight differences (diff)", "norm": "norm differences (w_norm, b_norm)", "tlora": "T-LoRA",
-}  # fmt: skip
-
-
-def _unsupported(payload: Sequence[AdaptedModule]) -> list[Finding]:
-    """Findings for algorithms and modules that this version recognises but does not convert."""
-    findings = []
-    counts = Counter(module.algorithm for module in payload if module.algorithm != "lora")
-    for algorithm, number in counts.items():
-        title = " with ".join(_TITLES.get(part, "LoRA") for part in algorithm.split("+"))
-        message = (
-            f"{number} of {len(payload)} modules are {title}, which this version recognises but cannot convert yet."
-        )
-        findings.append(Finding("unsupported-kind", "error", algorithm, message, "inspect describes the file."))
-    for module in payload:
-        if "up_bias" in module.tensors:
-            tensor = module.tensors["up_bias"]
-            findings.append(Finding("unsupported-kind", "error", tensor, "A LoRA on a bias cannot be converted yet."))
-        elif module.modules[0].mark == "embedding":
-            message = f"{module.modules[0].name} is an embedding table; no Diffusers loader takes a LoRA there."
-            fix = "--skip PATTERN leaves its tensors out."
-            tensor = next(iter(module.tensors.values()))
-            findings.append(Finding("unsupported-kind", "error", tensor, message, fix))
-    return findings
 
 
 def _canonical_shapes(module: Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -180,31 +237,21 @@ def _canonical_shapes(module: Module, rank: int) -> tuple[tuple[int, ...], tuple
     return (rank, module.shape[1]), (module.shape[0], rank)
 
 
+def magnitude_of(module: AdaptedModule) -> str | None:
+    """The tensor that holds a module's magnitudes, if there is one."""
+    return module.tensors.get("magnitude", module.tensors.get("dora_scale"))
+
+
 def _output_dtype(header: Header, tensor: str, wanted: str | None) -> str:
     dtype = header.tensors[tensor].dtype
     return DTYPES[wanted] if wanted else _OUTPUT_DTYPE.get(dtype, dtype)
 
 
-def _outputs(
-    module: AdaptedModule,
-    rank: int,
-    alpha: float,
-    names: Mapping[Module, Mapping[str, str]],
-    header: Header,
-    dtype: str | None,
-) -> Iterator[tuple[OutputTensor, ...]]:
-    """The tensors of each target module of one adapted module."""
-    down_dtype = _output_dtype(header, module.tensors["down"], dtype)
-    up_dtype = _output_dtype(header, module.tensors["up"], dtype)
-    for target in module.modules:
-        down, up = _canonical_shapes(target, rank)
-        tensors = [
-            OutputTensor(names[target]["down"], down_dtype, down, "down"),
-            OutputTensor(names[target]["up"], up_dtype, up, "up"),
-        ]
-        if "alpha" in names[target]:
-            tensors.append(OutputTensor(names[target]["alpha"], _alpha_dtype(alpha, down_dtype), (), "alpha"))
-        yield tuple(tensors)
+def _matrices_dtype(module: AdaptedModule, header: Header, wanted: str | None) -> str:
+    """The dtype of computed matrices: that of the stored ones, F32 where they differ."""
+    parts = [name for part, name in module.tensors.items() if part not in ("alpha", "scalar", "on_input")]
+    dtypes = {_output_dtype(header, name, wanted) for name in parts}
+    return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
 def _alpha_dtype(alpha: float, dtype: str) -> str:
@@ -215,39 +262,149 @@ def _alpha_dtype(alpha: float, dtype: str) -> str:
         return dtype if float(numpy_dtype(dtype).type(alpha)) == alpha else "F32"
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A module on its way to a step: its form, the rank that is written, and the file that it goes to."""
+
+    source: AdaptedModule
+    form: Form
+    rank: int
+    truncated: bool
+    magnitude: bool
+    bias: bool = False
+    file: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the stored factors themselves are written, but for scale and dtype."""
+        return "down" in self.source.tensors and self.source.algorithm in _STORED and not self.truncated
+
+
+_STORED = ("lora", "lora+dora")
+"""Algorithms whose factors are those of the output."""
+
+
+def _full_rank(module: AdaptedModule) -> int:
+    """The rank that no matrix of the module's shape exceeds."""
+    rows = sum(target.shape[0] for target in module.modules)
+    columns = 1
+    for size in module.modules[0].shape[1:]:
+        columns *= size
+    return min(rows, columns)
+
+
+def _draft(module: AdaptedModule, form: Form, options: Options, rank: int | None) -> _Draft:
+    """`rank` is what the values decided, where they did."""
+    bound = _full_rank(module) if form.rank is None else form.rank
+    if not form.weight:
+        bound = 1  # a bias alone still needs factors to stand beside: a rank of zeros
+    asked = min(bound, rank or options.rank or bound) if form.weight else bound
+    truncated = options.truncates and form.weight and (form.rank is None or (asked < form.rank or _open(options)))
+    if rank is not None and form.rank is not None and rank >= form.rank:
+        truncated = False
+    return _Draft(module, form, asked, truncated and bound > 0, form.magnitude)
+
+
+def _open(options: Options) -> bool:
+    """Whether only the values tell which ranks are written."""
+    return options.max_error is not None and options.rank is None
+
+
+def _partial(drafts: Sequence[_Draft]) -> set[str]:
+    """Components in which some modules have magnitudes and some have not."""
+    found: dict[str, set[bool]] = {}
+    for draft in drafts:
+        if draft.rank:
+            found.setdefault(draft.source.modules[0].component, set()).add(draft.magnitude)
+    return {component for component, kinds in found.items() if len(kinds) == 2}
+
+
+def _arranged(drafts: Sequence[_Draft], layout: Layout, has_base: bool) -> list[_Draft]:
+    """The modules with their files, and with the tensors that their neighbours in a file need them to have.
+
+    diffusers leaves the magnitude of a module without one on the meta device when others of its component have one,
+    and the same with biases. With the base model such a module gets ‖W+ΔW‖, which changes nothing; without it DoRA
+    goes into a file of its own. A bias of zero is right for every module.
+    """
+    partial = _partial(drafts) if layout.separates else set()
+    if partial and has_base:
+        drafts = [replace(d, magnitude=d.magnitude or d.source.modules[0].component in partial) for d in drafts]
+    elif partial:
+        drafts = [replace(draft, file=int(draft.magnitude)) for draft in drafts]
+    if not layout.separates:
+        return [replace(draft, bias=draft.form.bias) for draft in drafts]
+    biased = {(draft.file, draft.source.modules[0].component) for draft in drafts if draft.form.bias}
+    return [replace(draft, bias=(draft.file, draft.source.modules[0].component) in biased) for draft in drafts]
+
+
+def _outputs(
+    draft: _Draft,
+    alpha: float,
+    layout: Layout,
+    names: Mapping[Module, Mapping[str, str]],
+    header: Header,
+    dtype: str | None,
+) -> Iterator[tuple[OutputTensor, ...]]:
+    """The tensors of each target module of one adapted module."""
+    computed = _matrices_dtype(draft.source, header, dtype)
+    dtypes = {"down": computed, "up": computed, "bias": computed, "magnitude": computed}
+    if draft.plain:
+        dtypes |= {part: _output_dtype(header, draft.source.tensors[part], dtype) for part in ("down", "up")}
+    if (magnitude := magnitude_of(draft.source)) is not None:
+        dtypes["magnitude"] = _output_dtype(header, magnitude, dtype)
+    for target in draft.source.modules:
+        down, up = _canonical_shapes(target, draft.rank)
+        shapes = {"down": down, "up": up}
+        if draft.magnitude:
+            shapes["magnitude"] = layout.magnitude_shape(target)
+        if draft.bias:
+            shapes["bias"] = target.shape[:1]
+        tensors = [
+            OutputTensor(names[target][role], dtypes[role], shape, role, draft.file) for role, shape in shapes.items()
+        ]
+        if "alpha" in names[target]:
+            stated = _alpha_dtype(alpha, dtypes["down"])
+            tensors.append(OutputTensor(names[target]["alpha"], stated, (), "alpha", draft.file))
+        yield tuple(tensors)
+
+
 def _step(
-    module: AdaptedModule, names: Mapping[Module, Mapping[str, str]], header: Header, mode: AlphaMode, dtype: str | None
+    draft: _Draft,
+    layout: Layout,
+    names: Mapping[Module, Mapping[str, str]],
+    header: Header,
+    mode: AlphaMode,
+    dtype: str | None,
 ) -> Step:
-    rank = _rank(module, header)
-    scale = 1.0 if module.scale is None else module.scale
+    module, rank = draft.source, draft.rank
     if not rank:
         return Step(module, 1.0, 0.0, ())
-    fold, alpha = (scale, float(rank)) if mode == "fold" else (1.0, scale * rank)
-    if mode == "header" and module.alpha is not None and module.scale == module.alpha / rank:
-        alpha = module.alpha  # not scale * rank, which may differ in the last bit
-    outputs = tuple(_outputs(module, rank, alpha, names, header, dtype))
-    retyped = any(
+    scale = 1.0 if module.scale is None else module.scale
+    fold: float | None = None
+    alpha = float(rank)
+    if draft.plain:
+        fold, alpha = (scale, float(rank)) if mode == "fold" else (1.0, scale * rank)
+        if mode == "header" and module.alpha is not None and module.scale == module.alpha / rank:
+            alpha = module.alpha  # not scale * rank, which may differ in the last bit
+    outputs = tuple(_outputs(draft, alpha, layout, names, header, dtype))
+    retyped = draft.plain and any(
         tensor.dtype != header.tensors[module.tensors[tensor.role]].dtype
         for tensor in outputs[0]
-        if tensor.role != "alpha"
+        if tensor.role in ("down", "up")
     )
-    return Step(module, fold, alpha, outputs, retyped)
+    needs_base = draft.form.needs_base or (draft.magnitude and not draft.form.magnitude)
+    return Step(module, fold, alpha, outputs, rank, draft.truncated, needs_base, retyped)
 
 
-def _rank(module: AdaptedModule, header: Header) -> int:
-    """Rank of the written factors: the core's outer rank where there is one."""
-    return header.tensors[module.tensors["up"]].shape[1]
-
-
-def _is_canonical(payload: Sequence[AdaptedModule], names: Mapping[Module, Mapping[str, str]], header: Header) -> bool:
+def _is_canonical(drafts: Sequence[_Draft], names: Mapping[Module, Mapping[str, str]], header: Header) -> bool:
     """Whether every tensor already has its canonical name and shape."""
-    for module in payload:
-        target = module.modules[0]
-        if len(module.modules) > 1 or module.tensors.keys() != {"down", "up"}:
+    for draft in drafts:
+        target, tensors = draft.source.modules[0], draft.source.tensors
+        if len(draft.source.modules) > 1 or tensors.keys() - {"magnitude", "up_bias"} != {"down", "up"}:
             return False
-        wanted = _canonical_shapes(target, _rank(module, header))
+        wanted = _canonical_shapes(target, draft.rank)
         for part, shape in zip(("down", "up"), wanted, strict=True):
-            if module.tensors[part] != names[target][part] or header.tensors[module.tensors[part]].shape != shape:
+            if tensors[part] != names[target][part] or header.tensors[tensors[part]].shape != shape:
                 return False
     return True
 
@@ -262,10 +419,9 @@ def _change_findings(steps: Sequence[Step], header: Header, options: Options) ->
     findings = []
     changed: Counter[tuple[str, str]] = Counter()
     for step in steps:
-        for group in step.outputs:
-            for tensor in group:
-                if tensor.role != "alpha":
-                    changed[header.tensors[step.source.tensors[tensor.role]].dtype, tensor.dtype] += 1
+        for tensor in (tensor for group in step.outputs for tensor in group):
+            if step.retyped and tensor.role in step.source.tensors and tensor.role != "alpha":
+                changed[header.tensors[step.source.tensors[tensor.role]].dtype, tensor.dtype] += 1
     for (before, after), number in sorted(changed.items()):
         if before != after:
             why = "as asked" if options.dtype else f"because Diffusers has no use for {before}"
@@ -276,10 +432,17 @@ def _change_findings(steps: Sequence[Step], header: Header, options: Options) ->
     if tucker:
         message = f"The Tucker cores of {tucker} convolutions are multiplied into their down matrices."
         findings.append(Finding("folded", "note", "", message))
+    factored = Counter(
+        step.source.algorithm for step in steps if step.fold is None and not step.truncated and not step.native
+    )
+    if factored:
+        kinds = ", ".join(f"{number} {name}" for name, number in factored.most_common())
+        message = f"The factors of {counted(sum(factored.values()), 'module')} ({kinds}) become those of a LoRA."
+        findings.append(Finding("folded", "note", "", message))
     empty = [step.source for step in steps if not step.outputs]
     for module in empty[:20]:
         message = f"{module.modules[0].name} has rank 0: it changes nothing and is left out."
-        findings.append(Finding("no-effect", "warning", module.tensors["up"], message))
+        findings.append(Finding("no-effect", "warning", module.tensors.get("up", module.modules[0].name), message))
     return findings
 
 
@@ -291,69 +454,166 @@ def _comfyui_finding(steps: Sequence[Step]) -> list[Finding]:
     return []
 
 
-def _a1111_finding(steps: Sequence[Step], family: Family) -> list[Finding]:
+def _kohya_findings(steps: Sequence[Step], family: Family) -> list[Finding]:
+    findings = []
     unknown = [
         module.name
         for step in steps
         for module in step.source.modules
         if module.path == "text_projection" or (family.name == "sdxl-refiner" and module.component != "unet")
     ]
-    if not unknown:
+    if unknown:
+        message = (
+            f"A1111 and Forge have no name for {listed(unknown, 3)} and skip what they do not know; ComfyUI reads it."
+        )
+        findings.append(Finding("not-for-a1111", "note", unknown[0], message))
+    decomposed = [step.name for step in steps if any(t.role == "magnitude" for group in step.outputs for t in group)]
+    if decomposed:
+        message = (
+            f"{counted(len(decomposed), 'module')} are DoRA with a magnitude per output. ComfyUI divides it by ‖W‖ "
+            "instead of ‖W+ΔW‖, and A1111 takes it along the inputs: neither shows what was trained."
+        )
+        findings.append(
+            Finding("not-for-comfyui", "warning", decomposed[0], message, "diffusers does, from the default layout.")
+        )
+    return findings
+
+
+def _two_files_finding(outputs: Sequence[OutputFile]) -> list[Finding]:
+    """How to load a file of plain LoRA and one of DoRA together."""
+    if len(outputs) < 2:
         return []
-    message = f"A1111 and Forge have no name for {listed(unknown, 3)} and skip what they do not know; ComfyUI reads it."
-    return [Finding("not-for-a1111", "note", unknown[0], message)]
+    plain, dora = (PurePath(output.path).name for output in outputs)
+    message = (
+        "Only some modules are DoRA, which diffusers cannot load from one file: there are two, to be loaded as two "
+        f'adapters. pipe.load_lora_weights(folder, weight_name="{plain}", adapter_name="plain"); '
+        f'pipe.load_lora_weights(folder, weight_name="{dora}", adapter_name="dora"); '
+        'pipe.set_adapters(["plain", "dora"]).'
+    )
+    fix = "With --base MODEL one file holds both: its plain modules then carry ‖W+ΔW‖."
+    return [Finding("two-files", "note", dora, message, fix)]
 
 
-def _refusal(detection: Detection) -> Plan | None:
+def _refusal(detection: Detection, options: Options) -> Plan | None:
     """The plan that says why nothing can be planned, or None."""
     if detection.kind != "lora" or detection.family is None:
         findings = [
             replace(finding, severity="error") if finding.name in ("unsupported-kind", "unknown-format") else finding
             for finding in detection.findings
         ]
-        return Plan(detection.file, "refused", detection, findings=tuple(findings))
+        return Plan(detection.file, "refused", detection, options, findings=tuple(findings))
     if not detection.ok:
-        return Plan(detection.file, "failed", detection, findings=detection.findings)
-    unsupported = _unsupported(detection.payload)
-    if unsupported:
-        return Plan(detection.file, "refused", detection, findings=(*detection.findings, *unsupported))
+        return Plan(detection.file, "failed", detection, options, findings=detection.findings)
     return None
 
 
-def make_plan(header: Header, detection: Detection, options: Options) -> Plan:
-    """Plan the conversion of a detected file. What cannot be done becomes findings of the plan."""
-    refusal = _refusal(detection)
+def make_plan(
+    header: Header,
+    detection: Detection,
+    options: Options,
+    ranks: Mapping[str, int] | None = None,
+    reads_input: Callable[[AdaptedModule], bool | None] = lambda module: None,
+) -> Plan:
+    """Plan the conversion of a detected file. What cannot be done becomes findings of the plan.
+
+    `ranks` are those that the values decided, by the name of a step; `reads_input` reads (IA)³'s flag, which peft's
+    form depends on.
+    """
+    refusal = _refusal(detection, options)
     if refusal:
         return refusal
-    assert detection.family is not None
-    family, layout = FAMILIES[detection.family], LAYOUTS[options.to]
-    payload = detection.payload
-    names = layout.names(family, [target for module in payload for target in module.modules])
-    canonical = options.to == "diffusers" and _is_canonical(payload, names, header)
-    mode: AlphaMode = "header" if not layout.folds else options.alpha or ("header" if canonical else "fold")
-    steps = tuple(_step(module, names, header, mode, options.dtype) for module in payload)
-    findings = [*detection.findings, *_change_findings(steps, header, options)]
-    if options.to == "diffusers":
-        findings += _comfyui_finding(steps)
-    else:
-        findings += _a1111_finding(steps, family)
-    tensors = _file_order([tensor for step in steps for group in step.outputs for tensor in group])
-    if not tensors:
-        findings.append(Finding("no-effect", "error", "", "No module is left to write: every rank is 0."))
-    written = [
-        Written(target, group[0].shape[0], step.alpha)
-        for step in steps
-        for target, group in zip(step.source.modules, step.outputs, strict=False)
+    if options.to == "peft":
+        return _native_plan(header, detection, options, reads_input)
+    forms = [form_of(module, header) for module in detection.payload]
+    refused = refusals(list(zip(detection.payload, forms, strict=True)), options)
+    if refused:
+        return Plan(detection.file, "refused", detection, options, findings=(*detection.findings, *refused))
+    decided = ranks or {}
+    drafts = [
+        _draft(module, form, options, decided.get(module.modules[0].name))
+        for module, form in zip(detection.payload, forms, strict=True)
     ]
-    return Plan(
-        detection.file,
-        "failed" if severest(findings) == "error" else "planned",
-        detection,
-        options.to,
-        mode,
-        layout.file_name("" if header.path.startswith("<") else PurePath(header.path).stem),
-        steps,
-        tensors,
-        layout.adapter_metadata(written),
-        tuple(findings),
+    layout = LAYOUTS[options.to]
+    planned = _laid_out(header, detection, options, layout, _arranged(drafts, layout, options.base is not None))
+    unresolved = ranks is None and _open(options) and any(step.truncated for step in planned.steps)
+    return replace(planned, resolved=not unresolved)
+
+
+def _laid_out(header: Header, detection: Detection, options: Options, layout: Layout, drafts: Sequence[_Draft]) -> Plan:
+    """The steps and files of modules that can be written."""
+    assert detection.family is not None
+    family = FAMILIES[detection.family]
+    files = sorted({draft.file for draft in drafts if draft.rank}) or [0]
+    names: dict[Module, Mapping[str, str]] = {}
+    for file in files:
+        names |= layout.names(family, [t for draft in drafts if draft.file == file for t in draft.source.modules])
+    canonical = options.to == "diffusers" and len(files) == 1 and _is_canonical(drafts, names, header)
+    mode: AlphaMode = "header" if not layout.folds else options.alpha or ("header" if canonical else "fold")
+    steps = tuple(_step(draft, layout, names, header, mode, options.dtype) for draft in drafts)
+    findings = [*detection.findings, *_change_findings(steps, header, options)]
+    findings += _comfyui_finding(steps) if options.to == "diffusers" else _kohya_findings(steps, family)
+    outputs = tuple(_file(header, layout, steps, drafts, file) for file in files)
+    outputs = tuple(output for output in outputs if output.tensors)
+    if not outputs:
+        findings.append(Finding("no-effect", "error", "", "No module is left to write: every rank is 0."))
+    findings += _two_files_finding(outputs)
+    status: Literal["failed", "planned"] = "failed" if severest(findings) == "error" else "planned"
+    return Plan(detection.file, status, detection, options, outputs, steps, tuple(findings))
+
+
+def _file(header: Header, layout: Layout, steps: Sequence[Step], drafts: Sequence[_Draft], file: int) -> OutputFile:
+    members = [(step, draft) for step, draft in zip(steps, drafts, strict=True) if draft.file == file]
+    written = [
+        Written(target, step.rank, step.alpha, draft.magnitude, draft.bias)
+        for step, draft in members
+        for target in (step.source.modules if step.outputs else ())
+    ]
+    path = layout.file_name("" if header.path.startswith("<") else PurePath(header.path).stem)
+    if file:
+        path = dora_path(path)
+    tensors = _file_order([tensor for step, _ in members for group in step.outputs for tensor in group])
+    return OutputFile(path, tensors, layout.adapter_metadata(written))
+
+
+def dora_path(path: str) -> str:
+    """The name of the second file, which holds DoRA alone."""
+    return str(PurePath(path).with_name(f"{PurePath(path).stem}_dora.safetensors"))
+
+
+def _native_plan(
+    header: Header, detection: Detection, options: Options, reads_input: Callable[[AdaptedModule], bool | None]
+) -> Plan:
+    """The plan of `--to peft`: a folder per component and configuration."""
+    forms: dict[str, NativeForm] = {}
+    reasons: dict[str, str] = {}
+    targets = {target.name: (module, target) for module in detection.payload for target in module.modules}
+    for name, (module, target) in targets.items():
+        wanted = DTYPES[options.dtype] if options.dtype else None
+        try:
+            forms[name] = native_form(module, header, wanted, target=target, on_input=reads_input(module))
+        except Unrepresentable as error:
+            reasons[name] = str(error)
+    if reasons:
+        findings = (*detection.findings, *not_native(reasons))
+        return Plan(detection.file, "refused", detection, options, findings=findings)
+    groups = native_groups(forms)
+    file_of = {name: number for number, names in enumerate(groups.values()) for name in names}
+    steps = tuple(_native_step(module, forms, file_of) for module in detection.payload)
+    outputs = []
+    for number, (folder, names) in enumerate(groups.items()):
+        tensors = [t for step in steps for group in step.outputs for t in group if t.file == number]
+        config = adapter_config([(targets[name][1], forms[name]) for name in names])
+        outputs.append(OutputFile(f"{folder}/{WEIGHTS_NAME}", _file_order(tensors), config=config))
+    return Plan(detection.file, "planned", detection, options, tuple(outputs), steps, detection.findings)
+
+
+def _native_step(module: AdaptedModule, forms: Mapping[str, NativeForm], file_of: Mapping[str, int]) -> Step:
+    outputs = tuple(
+        tuple(
+            OutputTensor(tensor_name(target, t.suffix), t.dtype, t.shape, t.suffix, file_of[target.name])
+            for t in forms[target.name].tensors
+        )
+        for target in module.modules
     )
+    native = tuple(forms[target.name] for target in module.modules)
+    return Step(module, None, native[0].alpha, outputs, native[0].rank, native=native)

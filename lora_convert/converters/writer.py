@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from lora_convert.converters.plan import OutputTensor
 from lora_convert.errors import UsageError
 from lora_convert.report import shown
 
-__all__ = ["atomic_file", "header_bytes", "offsets"]
+__all__ = ["atomic_file", "atomic_folder", "flush_folder", "header_bytes", "offsets", "scratch_folder"]
 
 _ALIGNMENT = 8
 _MOST_BYTES = 200
@@ -104,7 +105,7 @@ def _glob_escape(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make the rename itself durable, where folders can be opened (not on Windows)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -149,4 +150,60 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
         if os.name == "nt":  # open files cannot be renamed there; elsewhere the lock is kept until it is done
             file.close()
         temporary.replace(target)
-    _flush_folder(target.parent)
+    flush_folder(target.parent)
+
+
+_LOCK = ".lock"
+
+
+def _remove_dead_folders(target: Path) -> None:
+    """Remove scratch folders of this target whose writer is dead (the lock in them is gone)."""
+    for path in target.parent.glob(f".{_glob_escape(_beginning(target))}.*.part"):
+        with contextlib.suppress(OSError), (path / _LOCK).open("rb+") as file:
+            if _lock(file):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, to build in; it vanishes with all that is still in it when the block ends.
+
+    What a killed process left of its own is removed by the next one. Raises UsageError if it cannot be made.
+    """
+    with contextlib.ExitStack() as cleanup:
+        make_folder(target.parent, cleanup)
+        _remove_dead_folders(target)
+        scratch = target.parent / f".{_beginning(target)}.{os.getpid()}-{secrets.token_hex(4)}.part"
+        cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
+        try:
+            scratch.mkdir()
+            lock = cleanup.enter_context((scratch / _LOCK).open("xb"))
+        except OSError as error:
+            raise UsageError(f"nothing can be written to {shown(str(target.parent))}: {error.strerror}") from None
+        _lock(lock)
+        yield scratch
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder that takes the target's place as a whole when the block ends well, and vanishes if it does not.
+
+    What is written into it must be flushed to disk by its writer. A folder that is there already is first moved aside
+    (`.<name>.….old`, beside it) and removed last, so that at no moment neither of them is there whole.
+    """
+    with scratch_folder(target) as scratch:
+        content = scratch / "content"
+        content.mkdir()
+        yield content
+        flush_folder(content)
+        aside = scratch.with_suffix(".old")
+        if target.exists():
+            target.rename(aside)
+        try:
+            content.rename(target)
+        except OSError:
+            if aside.exists():
+                aside.rename(target)
+            raise
+        flush_folder(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -28,24 +28,31 @@ _MOST_BYTES = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """The part of a LoraConfig that decides the scale: alpha/r, or alpha/√r with rs-LoRA."""
+    """The part of a LoraConfig, LoHaConfig or LoKrConfig that decides the scale: alpha/r, or alpha/√r with rs-LoRA."""
 
     alpha: float
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
     dora: bool = False
+    rank: int = 8
+    rank_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def alpha_of(self, module: Module) -> float:
         """The alpha of a module: the first pattern that names it, else the general one (peft's rule)."""
-        names = {module.path, module.path.removeprefix("text_model.")}
-        for pattern, alpha in self.alpha_pattern.items():
-            if any(_names(pattern, name) for name in names):
-                return alpha
-        return self.alpha
+        return _named(self.alpha_pattern, module, self.alpha)
+
+    def rank_of(self, module: Module) -> int:
+        """The rank that peft divides by where the tensors show none: two whole factors of a LoKr."""
+        return int(_named(self.rank_pattern, module, self.rank))
 
     def scale_of(self, alpha: float, rank: int) -> float:
         """The factor of B·A."""
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+def _named(patterns: Mapping[str, float], module: Module, general: float) -> float:
+    names = {module.path, module.path.removeprefix("text_model.")}
+    return next((value for pattern, value in patterns.items() if any(_names(pattern, name) for name in names)), general)
 
 
 def _names(pattern: str, name: str) -> bool:
@@ -65,19 +72,26 @@ def _number(subject: str, value: object, name: str) -> float:
     return float(value)
 
 
-def _from_fields(subject: str, fields: Mapping[str, Any]) -> AdapterConfig:
-    patterns = fields.get("alpha_pattern") or {}
+def _patterns(subject: str, fields: Mapping[str, Any], key: str) -> Mapping[str, float]:
+    patterns = fields.get(key) or {}
     if not isinstance(patterns, dict):
-        raise _refuse(subject, "alpha_pattern is not an object.")
+        raise _refuse(subject, f"{key} is not an object.")
     for pattern in patterns:
         if not _PLAIN.fullmatch(pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")):
-            raise _refuse(subject, f"alpha_pattern has {shown(pattern)!r}, which is more than a module name.")
+            raise _refuse(subject, f"{key} has {shown(pattern)!r}, which is more than a module name.")
+    return {pattern: _number(subject, value, f"{key}[{pattern}]") for pattern, value in patterns.items()}
+
+
+def _from_fields(subject: str, fields: Mapping[str, Any]) -> AdapterConfig:
     alpha = fields.get("lora_alpha", fields.get("alpha", 8))  # 8 is peft's default
+    is_lokr = fields.get("peft_type") == "LOKR"  # of the others every tensor shows its rank
     return AdapterConfig(
         _number(subject, alpha, "lora_alpha"),
-        {pattern: _number(subject, value, f"alpha_pattern[{pattern}]") for pattern, value in patterns.items()},
+        _patterns(subject, fields, "alpha_pattern"),
         fields.get("use_rslora") is True,
         fields.get("use_dora") is True,
+        int(_number(subject, fields.get("r", 8), "r")) if is_lokr else 8,
+        _patterns(subject, fields, "rank_pattern") if is_lokr else {},
     )
 
 

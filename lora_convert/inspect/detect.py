@@ -71,15 +71,18 @@ def _adapted(
     group: Group, place: Place, header: Header, values: Mapping[str, float] | None, config: AdapterConfig | None
 ) -> AdaptedModule:
     algorithm = group.algorithm(header)
-    rank = shapes.rank_of(algorithm.partition("+")[0], shapes_of(group, header))
+    sizes = shapes_of(group, header)
+    ranks = (shapes.rank_of(part, sizes) for part in algorithm.split("+"))
+    rank = next((rank for rank in ranks if rank is not None), None)
     alpha = None
     scale: float | None = 1.0
     if "alpha" in group.tensors:
         alpha = values.get(group.tensors["alpha"]) if values is not None else None
         scale = None if alpha is None else alpha / rank if rank else 1.0
-    elif config is not None:
+    elif config is not None and (rank is not None or "lokr" in algorithm):
         alpha = config.alpha_of(place.modules[0])
-        scale = config.scale_of(alpha, rank) if rank else 1.0
+        applied = config.rank_of(place.modules[0]) if rank is None else rank
+        scale = config.scale_of(alpha, applied) if applied else 1.0
     if "scalar" in group.tensors and scale is not None:
         scalar = values.get(group.tensors["scalar"]) if values is not None else None
         scale = None if scalar is None else scale * scalar

@@ -68,7 +68,7 @@ def misfit_findings(groups: Mapping[str, Group], match: Match, header: Header) -
         module = place.modules[-1]
         fix = "The file is damaged, or was made for another base model."
         wrong = []
-        if {"down", "up"} <= sizes.keys() and group.algorithm(header) in ("lora", "lora+dora"):
+        if {"down", "up"} <= sizes.keys() and group.algorithm(header).startswith("lora"):
             wrong = [(group.tensors[part], said) for part, said in shapes.lora_misfits(sizes, place.rows, module)]
         elif not {"down", "up"} & sizes.keys():
             size = "x".join(map(str, module.shape))
@@ -148,8 +148,8 @@ def alpha_findings(payload: Sequence[AdaptedModule], metadata: Mapping[str, str]
     """Findings for alphas that are no numbers, unusual, or understood differently by trainer and readers."""
     findings = []
     for module in payload:
-        if not module.algorithm.startswith("lora"):
-            continue
+        if module.rank is None and "oft" not in module.algorithm:
+            continue  # nothing uses its alpha
         name = module.modules[0].name
         alpha, tensor = module.alpha, module.tensors.get("alpha", name)
         broken = _broken_scalar(module)
@@ -157,7 +157,7 @@ def alpha_findings(payload: Sequence[AdaptedModule], metadata: Mapping[str, str]
             message = f"{broken} is not a finite number, so the strength of {name} is unknown."
             fix = "Leave it out with --skip (it then counts as 1), or ask the author for a sound file."
             findings.append(Finding("not-finite", "error", module.tensors.get(broken, name), message, fix))
-        elif alpha is not None and alpha <= 0:
+        elif alpha is not None and alpha <= 0 and module.rank is not None:
             effect = "switches the module off" if alpha == 0 else "turns the module's effect around"
             findings.append(
                 Finding("odd-alpha", "warning", tensor, f"alpha is {alpha:g}, which {effect}; kept as it is.")

@@ -83,7 +83,7 @@ def group_tensors(header: Header) -> tuple[dict[str, Group], list[str]]:
         groups.setdefault(part, Group(part)).add(field_name, algorithm, tensor)
     for part, group in list(groups.items()):
         # `.weight` alone is any model's parameter; only `on_input` beside it makes it (IA)³
-        if "ia3" in group.algorithms and "on_input" not in group.tensors:
+        if "ia3" in group.algorithms and not {"on_input", "factors"} & group.tensors.keys():
             strays.append(group.tensors.pop("weight"))
             group.algorithms.discard("ia3")
             if not group.tensors:
@@ -99,7 +99,7 @@ def shapes_of(group: Group, header: Header) -> dict[str, tuple[int, ...]]:
 def _fit(group: Group, header: Header, family: Family, place: Place) -> tuple[Place, str] | None:
     """The place, if the group's shapes fit it; with the variant of the base model that they need (usually none)."""
     sizes = shapes_of(group, header)
-    algorithm = group.algorithm(header).partition("+")[0]
+    algorithm = group.algorithm(header)
     module = place.modules[-1]
     if shapes.fits(algorithm, sizes, place.rows, module):
         return place, ""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
@@ -14,28 +15,32 @@ import numpy as np
 import torch
 
 from lora_convert.containers import MAX_HEADER, Header, Source, opened
-from lora_convert.converters.adapters import Lora, read_adapter
-from lora_convert.converters.convert import convert, local_path, plan
-from lora_convert.converters.fidelity import relative_error
-from lora_convert.converters.plan import Plan
+from lora_convert.converters.adapters import Adapter, Dora, Lora, read_adapter
+from lora_convert.converters.convert import convert, local_path, output_files, plan
+from lora_convert.converters.layout import CANONICAL_NAME
+from lora_convert.converters.native import CONFIG_NAME
+from lora_convert.converters.plan import Plan, dora_path
 from lora_convert.errors import FileError, UsageError
 from lora_convert.families import FAMILIES
 from lora_convert.hashes import sha256_of
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.report import MOST_FINDINGS, Finding, counted, shown
+from lora_convert.runtime.architectures import canonical_prefix
 from lora_convert.runtime.loading import (
-    LOADED_TOLERANCE,
     LiveAdapters,
     LoadingError,
     adapted_layers,
+    adapters_of,
+    arrival_errors,
     collected_warnings,
-    factors,
     has_values,
+    held,
     load_weights,
+    lora_layers,
     not_adapted,
     not_loaded,
-    off_by,
+    what_arrived_wrong,
 )
 from lora_convert.runtime.pipelines import family_of, live_components
 from lora_convert.runtime.scaling import Scale, plain_scale, scales_by_module
@@ -50,21 +55,19 @@ __all__ = ["Applied", "Scale", "applied", "apply"]
 class Applied:
     """An adapter on a pipeline. As a context manager it is removed at the end of the block.
 
-    `name` is what the pipeline calls it, `file` what the user called its file (without folders), `sha256` that of the
-    file as given, `family` its base model's, `modules` the number of modules that it adapts, `warnings` the loader's,
-    `findings` what else there was to say of the file.
+    `names` are what the pipeline calls it, several where several files or folders make it up, and `name` the first of
+    them; `file` is what the user called its file or folder (without folders above), `sha256` that of the file as given
+    or, of several, of their list (`SHA-256  name`, as sha256sum prints it); `family` its base model's, `modules` the
+    number of modules that it adapts, `warnings` the loader's, `findings` what else there was to say of the file.
     """
 
-    def __init__(
-        self, pipeline: Any, name: str, file: str, sha256: str, planned: Plan, live: _Live, scale: Scale
-    ) -> None:
-        family = planned.detection.family
-        assert family is not None
-        self.name, self.file, self.sha256, self.family = name, file, sha256, family
-        self.warnings = live.warnings
-        self.findings = (*planned.detection.findings, *live.findings)
+    def __init__(self, pipeline: Any, given: _Given, live: Sequence[_Live], scale: Scale) -> None:
+        self.names = tuple(part.name for part in live)
+        self.file, self.sha256, self.family = given.called, given.sha256, given.family
+        self.warnings = tuple(dict.fromkeys(message for part in live for message in part.warnings))
+        self.findings = (*given.findings, *(finding for part in live for finding in part.findings))
         self._pipeline = pipeline
-        self._scales: Mapping[str, float] = live.scales
+        self._scales = {part.name: part.scales for part in live}
         self._removed = False
         self.set_scale(scale)
 
@@ -78,8 +81,12 @@ class Applied:
         self.remove()
 
     @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
     def modules(self) -> int:
-        return len(self._scales)
+        return len({module for scales in self._scales.values() for module in scales})
 
     @property
     def scale(self) -> Any:
@@ -90,21 +97,34 @@ class Applied:
         """Apply the adapter this strongly: every module's live factor becomes its alpha/rank times its scale.
 
         A number, 0 included, or numbers by component and block; `Scale` says how. Diffusers' own `set_adapters` leaves
-        resnets of the mid block at 1 and fails on `conv_in`, and it would undo this. Raises UsageError, naming the key,
-        for a scale that is wrong, or if the adapter has been removed.
+        resnets of the mid block at 1 and fails on `conv_in`, and it would undo this.
+
+        Of a DoRA peft scales ΔW before it takes the norm, m · (W + s·ΔW) / ‖W + s·ΔW‖, while its trainers scale the
+        whole change: at 1 the two agree, at 0 the magnitude is still there. (IA)³ and OFT have no strength. Raises
+        UsageError, naming the key, for a scale that is wrong, for one other than 1 of a module that has no strength,
+        or if the adapter has been removed.
         """
         scales = scales_by_module(scale, self.family)
-        layers = adapted_layers(live_components(self._pipeline), self.name)
-        if not self.is_live() or not layers:
+        components = live_components(self._pipeline)
+        found = {name: adapted_layers(components, name) for name in self.names}
+        if not self.is_live() or not any(found.values()):
             raise UsageError(f"{shown(self.file)} has been removed from the pipeline; apply it again")
-        for module, layer in layers.items():
-            layer.scaling[self.name] = self._scales[module] * scales[module]
+        for name, layers in found.items():
+            for module in layers:
+                if self._scales[name][module] is None and scales[module] != 1.0:
+                    said = f"{module} of {shown(self.file)} is multiplied or rotated ((IA)³, OFT)"
+                    raise UsageError(f"{said}, which has no strength: it applies with the scale 1 or not at all")
+        for name, layers in found.items():
+            for module, layer in layers.items():
+                own = self._scales[name][module]
+                if own is not None:
+                    layer.scaling[name] = own * scales[module]
         self._scale = plain_scale(scale)
 
     def is_live(self) -> bool:
         """Whether the adapter is on its pipeline: not removed, here or by the pipeline's own methods."""
-        models = live_components(self._pipeline).values()
-        return not self._removed and any(self.name in getattr(model, "peft_config", {}) for model in models)
+        configs = [getattr(model, "peft_config", {}) for model in live_components(self._pipeline).values()]
+        return not self._removed and any(name in config for config in configs for name in self.names)
 
     def remove(self) -> None:
         """Take the adapter off. Other adapters stay as they are, and without any the pipeline is what it was before,
@@ -112,7 +132,8 @@ class Applied:
         """
         if not self._removed:
             self._removed = True
-            _detach(live_components(self._pipeline), self.name)
+            for name in reversed(self.names):
+                _detach(live_components(self._pipeline), name)
             _registered(self._pipeline).remove(self)
 
 
@@ -130,34 +151,107 @@ def applied(pipeline: Any) -> tuple[Applied, ...]:
 
 
 def apply(pipeline: Any, file: str | Path, scale: Scale = 1.0, *, family: str | None = None, **reading: Any) -> Applied:
-    """Load a LoRA file onto a pipeline, beside the adapters that it has; all of them are active together.
+    """Load an adapter onto a pipeline, beside those that it has; all of them are active together.
 
-    `file` is a path or `hf://` address of any file that `convert` takes. One that is in the canonical layout is loaded
-    as it is, another is converted first, in a temporary folder and with alpha in the header, where it is exact. It goes
-    through the pipeline's public loader; then every module of the file is looked up in the live model, and its factors
-    and its scale compared with the file's (rounded to the pipeline's dtype). `reading` are options of `convert` that
-    say how to read the file: `config`, `skip`, `max_header`.
+    `file` is a path or `hf://` address of any file that `convert` takes without more being said, or a folder that it
+    wrote: a canonical one (two files where only some modules are DoRA) or one of `--to peft`. A file in the canonical
+    layout is loaded as it is, another is converted first, in a temporary folder, with alpha in the header and, unless
+    its values are kept, in float32. It goes through the pipeline's public loader, or peft's; then every module of the
+    file is looked up in the live model, and its factors, magnitude, bias and scale compared with the file's (rounded to
+    the pipeline's dtype). `reading` are options of `convert` that say how to read a file: `config`, `skip`,
+    `max_header`.
 
-    Raises UsageError for a base model of another family than the file's, a pipeline with fused adapters, or a scale
-    that is wrong; FileError for a bad file, and with the findings `module-not-loaded` if a module did not arrive,
-    whatever the loader says, or `overflow` if values do not fit the pipeline's dtype. Then the pipeline is left as it
-    was.
+    Where a DoRA shares a module with other adapters, those add to it whatever the order in which they came; of two
+    DoRAs on one module the later one rescales the other, which `merge` does not.
+
+    Raises UsageError for a base model of another family than the file's, a pipeline with fused adapters, a folder that
+    is no adapter, or a scale that is wrong; FileError for a bad file or one that has no exact form here, and with the
+    findings `module-not-loaded` if a module did not arrive, whatever the loader says, or `overflow` if values do not
+    fit the pipeline's dtype. Then the pipeline is left as it was.
     """
     path = Path(local_path(str(file)))
-    planned = _planned(path, str(file), family, family_of(pipeline), reading)
-    detection = planned.detection
-    assert detection.family is not None
-    scales_by_module(scale, detection.family)
     components = live_components(pipeline)
     _refuse_fused(components)
-    _refuse_absent(components, detection)
-    name = _free_name(components)
-    with _canonical(path, planned, reading) as (canonical, sha256):
-        live = _load(pipeline, components, canonical, name, detection.family)
-    called = str(file) if str(file).startswith("hf://") else PurePath(file).name
-    adapter = Applied(pipeline, name, called, sha256, planned, live, scale)
+    with _given(path, str(file), family, pipeline, reading) as given:
+        scales_by_module(scale, given.family)
+        live: list[_Live] = []
+        try:
+            for part in given.parts:
+                live.append(_load(pipeline, components, part, _free_name(components), given.family))
+            adapter = Applied(pipeline, given, live, scale)
+        except BaseException:
+            for loaded in reversed(live):
+                _detach(components, loaded.name)
+            raise
     _registered(pipeline).append(adapter)
     return adapter
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the user gave, a file or a folder. `parts` are what to load for it: canonical files, or peft's folder."""
+
+    called: str
+    sha256: str
+    family: str
+    findings: tuple[Finding, ...]
+    parts: tuple[Path, ...]
+
+
+@contextlib.contextmanager
+def _given(path: Path, file: str, family: str | None, pipeline: Any, reading: Mapping[str, Any]) -> Iterator[_Given]:
+    """Look at what was given, and convert it where that is needed."""
+    base, called = family_of(pipeline), file if file.startswith("hf://") else PurePath(file).name
+    files = output_files(path) if path.is_dir() else (path,)
+    if not files:
+        raise UsageError(_no_adapter(path))
+    sha256 = _sha256(files, path, reading)
+    if path.is_dir() and (files[0].parent / CONFIG_NAME).is_file():
+        if base is None:
+            raise UsageError(f"the pipeline is of no family that is known, so that {shown(called)} cannot be placed")
+        if asked := sorted(name for name in reading.keys() - {"max_header"} if reading[name]):
+            raise UsageError(f"{asked[0]} does not go with {shown(called)}, which peft's own loader reads")
+        yield _Given(called, sha256, base, (), (path,))
+        return
+    plans = [_planned(part, str(part), family, base, reading) for part in files]
+    with contextlib.ExitStack() as temporary:
+        for planned in plans:
+            _refuse_absent(live_components(pipeline), planned.detection)
+            _refuse_other_kinds(live_components(pipeline), planned.detection)
+        parts = [
+            canonical
+            for part, planned in zip(files, plans, strict=True)
+            for canonical in temporary.enter_context(_canonical(part, planned, reading))
+        ]
+        assert base is not None
+        findings = dict.fromkeys(finding for planned in plans for finding in planned.detection.findings)
+        yield _Given(called, sha256, base, (*findings, *_other_half(files)), tuple(parts))
+
+
+def _other_half(files: Sequence[Path]) -> Iterator[Finding]:
+    """The finding that a file was given of which a folder has the other half."""
+    beside = Path(dora_path(str(files[0])))
+    if len(files) == 1 and files[0].name == CANONICAL_NAME and beside.is_file():
+        message = f"{shown(beside.name)} lies beside it, with the modules that have magnitudes, and was not applied."
+        yield Finding("half-applied", "warning", "", message, "Apply the folder, which takes both.")
+
+
+def _no_adapter(path: Path) -> str:
+    """Why a folder cannot be applied."""
+    name = shown(path.resolve().name)
+    if (path / "model_index.json").is_file() or (path / "config.json").is_file():
+        return f"{name} is a whole model, not an adapter; open it as the base model"
+    return f"{name} is a folder without an adapter in it; name the file"
+
+
+def _sha256(files: Sequence[Path], path: Path, reading: Mapping[str, Any]) -> str:
+    """That of the file, or of the list of the files that make up a folder."""
+    hashes = []
+    for file in files:
+        with opened(file, reading.get("max_header", MAX_HEADER)) as source:
+            hashes.append(sha256_of(source.chunks()))
+    listing = [f"{sha256}  {file.relative_to(path).as_posix()}\n" for sha256, file in zip(hashes, files, strict=True)]
+    return hashes[0] if len(files) == 1 else hashlib.sha256("".join(listing).encode()).hexdigest()
 
 
 def _planned(path: Path, file: str, family: str | None, base: str | None, reading: Mapping[str, Any]) -> Plan:
@@ -181,19 +275,21 @@ def _other_family(file: str, family: str, base: str | None) -> str:
     return f"{said}, and the base model is {FAMILIES[base].title} ({base}); open a base model of the family {family}"
 
 
-@contextmanager
-def _canonical(path: Path, planned: Plan, reading: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """A file in the canonical layout: this one or a converted one; and the SHA-256 of this one."""
+@contextlib.contextmanager
+def _canonical(path: Path, planned: Plan, reading: Mapping[str, Any]) -> Iterator[tuple[Path, ...]]:
+    """Files in the canonical layout: this one, or those that it converts to."""
     with opened(path, reading.get("max_header", MAX_HEADER)) as source:
-        sha256, as_it_is = sha256_of(source.chunks()), _is_canonical(planned, source.header)
+        as_it_is = _is_canonical(planned, source.header)
     if as_it_is:
-        yield path, sha256
+        yield (path,)
         return
     # the libraries may still map the file when the folder goes, which Windows does not like
     with TemporaryDirectory(prefix="lora-convert-", ignore_cleanup_errors=True) as folder:
-        asked = {"family": planned.detection.family, "alpha": "header", "strict": True}
+        asked: dict[str, Any] = {"family": planned.detection.family, "alpha": "header", "strict": True}
+        if not all(step.copies for step in planned.steps):
+            asked["dtype"] = "fp32"  # products are rounded to the pipeline's dtype, not to the file's before
         result = convert(path, Path(folder), **{**reading, **asked})
-        yield Path(result.outputs[0].path), sha256
+        yield tuple(Path(output.path) for output in result.outputs)
 
 
 def _is_canonical(planned: Plan, header: Header) -> bool:
@@ -217,6 +313,21 @@ def _refuse_absent(components: Mapping[str, torch.nn.Module], found: Detection) 
         raise FileError(findings)
 
 
+def _refuse_other_kinds(components: Mapping[str, torch.nn.Module], found: Detection) -> None:
+    """Peft would put a LoRA around the layer of another kind, where nothing finds either of them again."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {
+        f"{component}.{canonical_prefix(model)}{path}": layer
+        for component, model in components.items()
+        for path, layer in _tuner_layers(model)
+    }
+    for name in (target.name for module in found.payload for target in module.modules):
+        if name in layers and not isinstance(layers[name], LoraLayer):
+            said = f"{name} has an adapter of another kind ({type(layers[name]).__module__.split('.')[2]})"
+            raise UsageError(f"{said}, beside which peft has no place for a LoRA; remove the former first")
+
+
 def _free_name(components: Mapping[str, torch.nn.Module]) -> str:
     taken = {name for model in components.values() for name in getattr(model, "peft_config", {})}
     return next(name for number in range(len(taken) + 1) if (name := f"adapter_{number}") not in taken)
@@ -231,34 +342,59 @@ def _tuner_layers(model: torch.nn.Module) -> list[tuple[str, BaseTunerLayer]]:
 
 @dataclass(frozen=True)
 class _Live:
-    """What the loader made of a file: every module's own scale (alpha/rank), and what there is to say."""
+    """What the loader made of a file: every module's own scale (alpha/rank), and what there is to say.
 
-    scales: Mapping[str, float]
+    The scale is None where the adapter's kind has no strength.
+    """
+
+    name: str
+    scales: Mapping[str, float | None]
     warnings: tuple[str, ...]
     findings: tuple[Finding, ...]
 
 
 def _load(pipeline: Any, components: Mapping[str, torch.nn.Module], path: Path, name: str, family: str) -> _Live:
-    """Load a canonical file and check what arrived; on any failure the pipeline is left as it was."""
+    """Load a canonical file or a folder of peft's, and check what arrived; on any failure the pipeline is left as it
+    was.
+    """
     before = _Standing.of(components)
     try:
         with collected_warnings() as messages, torch.random.fork_rng(devices=[]):  # peft first fills in noise
-            _load_weights(pipeline, path, name)
-        layers = adapted_layers(components, name)
-        with opened(path) as source:
-            findings = _compared(source, detect(source, family=family), layers, name)
+            layers, findings = _placed(pipeline, components, path, name, family)
     except BaseException:
         _detach(components, name)
         before.restore()
         raise
     for layer in layers.values():
-        layer.train(layer.base_layer.training)
+        layer.train(layer.get_base_layer().training)
     before.restore(name)
     for layer in layers.values():
-        layer.lora_A[name].requires_grad_(False)
-        layer.lora_B[name].requires_grad_(False)
-    scales = {module: layer.scaling[name] for module, layer in layers.items()}
-    return _Live(scales, tuple(dict.fromkeys(messages)), tuple(findings))
+        for part in layer.adapter_layer_names:
+            if name in (held_here := getattr(layer, part)):
+                held_here[name].requires_grad_(False)
+    scales = {module: getattr(layer, "scaling", {}).get(name) for module, layer in layers.items()}
+    return _Live(name, scales, tuple(dict.fromkeys(messages)), tuple(findings))
+
+
+def _placed(
+    pipeline: Any, components: Mapping[str, torch.nn.Module], path: Path, name: str, family: str
+) -> tuple[Mapping[str, BaseTunerLayer], list[Finding]]:
+    """The live layers that got an adapter, counted and compared with what was to arrive, and what there is to say."""
+    if path.is_dir():
+        return _placed_native(components, path, name), []
+    _load_weights(pipeline, path, name)
+    layers = lora_layers(components, name)
+    with opened(path) as source:
+        return layers, _compared(source, detect(source, family=family), layers, name)
+
+
+def _placed_native(components: Mapping[str, torch.nn.Module], path: Path, name: str) -> Mapping[str, BaseTunerLayer]:
+    from lora_convert.runtime.native import load_native
+
+    try:
+        return load_native(components, path, name)
+    except LoadingError as error:
+        raise FileError([not_loaded("", f"{shown(' '.join(str(error).split()), 300).rstrip('.')}.")]) from error
 
 
 def _load_weights(pipeline: Any, path: Path, name: str) -> None:
@@ -287,9 +423,14 @@ class _Standing:
         )
 
     def restore(self, *added: str, without: str = "") -> None:
-        """Put it back, with adapters that are active in addition, or without one that no longer is."""
+        """Put it back, with adapters that are active in addition, or without one that no longer is.
+
+        A DoRA comes first in its layers, since peft's rescales what the adapters before it have added.
+        """
         for layer, active in self.active:
-            layer.set_adapter([*(name for name in active if name != without), *added])
+            rescaling = [name for name in added if name in getattr(layer, "lora_magnitude_vector", ())]
+            others = [name for name in added if name not in rescaling]
+            layer.set_adapter([*rescaling, *(name for name in active if name != without), *others])
         for weight, required in self.gradients:
             weight.requires_grad_(required)
         for module, training in self.training:
@@ -308,7 +449,7 @@ def _detach(components: Mapping[str, torch.nn.Module], name: str) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 layer.delete_adapter(name)
-            if not getattr(layer, "r", True):  # no ranks, no adapters
+            if not adapters_of(layer):
                 parent, _, child = path.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.base_layer)
         _forget(model, name)
@@ -338,33 +479,49 @@ def _compared(source: Source, found: Detection, layers: Mapping[str, LoraLayer],
         if not has_values(layer, name):
             findings.append(not_loaded(module, "The loader adapted it, but gave it no values."))
         else:
-            findings += _compare(module, source, expected[module], live[module], factors(layer, name)[0].dtype)
+            findings += _compare(module, source, expected[module], live[module], held(layer, name)["down"].dtype)
     errors = sorted((finding for finding in findings if finding.severity == "error"), key=lambda f: f.subject)
     if errors:
         raise FileError(errors[:MOST_FINDINGS])
     return _summary(findings)
 
 
-def _compare(name: str, source: Source, module: AdaptedModule, live: Lora, dtype: torch.dtype) -> Iterator[Finding]:
+def _compare(
+    name: str, source: Source, module: AdaptedModule, live: Lora | Dora, dtype: torch.dtype
+) -> Iterator[Finding]:
     """What is wrong with one module that arrived."""
-    stored = read_adapter(source, module).to_lora()
-    expected = Lora(_rounded(stored.down, dtype), _rounded(stored.up, dtype), None, stored.scale, stored.kernel)
+    stored = read_adapter(source, module)
+    expected = _rounded(stored, dtype)
+    pairs = list(zip(_arrays(stored), _arrays(expected), strict=True))
     precision = str(dtype).removeprefix("torch.")
-    if not (np.isfinite(expected.down).all() and np.isfinite(expected.up).all()):
+    if not all(np.isfinite(kept).all() for _, kept in pairs):
         fix = "Open the pipeline with dtype bfloat16 or float32."
         yield Finding("overflow", "error", name, f"Values of it do not fit the pipeline's {precision}.", fix)
-    elif not (error := relative_error(expected, live)) <= LOADED_TOLERANCE:
-        yield off_by(name, error)
-    elif any(part.any() and not kept.any() for part, kept in _pairs(stored, expected)):
+    elif wrong := list(what_arrived_wrong(name, arrival_errors(expected, live), live)):
+        yield from wrong
+    elif any(part.any() and not kept.any() for part, kept in pairs):
         yield Finding("underflow", "warning", name, f"All values of a matrix became zero in {precision}.")
 
 
-def _pairs(stored: Lora, rounded: Lora) -> tuple[tuple[Any, Any], ...]:
-    return (stored.down, rounded.down), (stored.up, rounded.up)
+def _arrays(adapter: Adapter) -> tuple[Any, ...]:
+    """All that a LoRA or DoRA stores."""
+    if isinstance(adapter, Dora):
+        return (*_arrays(adapter.inner), adapter.magnitude)
+    plain = adapter.to_lora()
+    return plain.down, plain.up, *(() if plain.bias is None else (plain.bias,))
 
 
-def _rounded(values: Any, dtype: torch.dtype) -> Any:
-    """A matrix as the loader rounds it to the pipeline's dtype, in float32."""
+def _rounded(adapter: Adapter, dtype: torch.dtype) -> Dora | Lora:
+    """An adapter as the loader rounds it to the pipeline's dtype, in float32."""
+    if isinstance(adapter, Dora):
+        return replace(adapter, inner=_rounded(adapter.inner, dtype), magnitude=_in_dtype(adapter.magnitude, dtype))
+    plain = adapter.to_lora()
+    scale = plain.scale or 1.0  # the bias holds it already
+    bias = None if plain.bias is None else scale * _in_dtype(plain.bias / scale, dtype).astype(np.float64)
+    return replace(plain, down=_in_dtype(plain.down, dtype), up=_in_dtype(plain.up, dtype), bias=bias)
+
+
+def _in_dtype(values: Any, dtype: torch.dtype) -> Any:
     wide = values.astype(np.float64 if values.dtype == np.float64 else np.float32)
     return torch.from_numpy(wide).to(dtype).float().numpy()
 

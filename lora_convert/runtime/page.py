@@ -41,7 +41,7 @@ _RUNGS: Mapping[str, str] = {
     "structure": "Every tensor belongs to a module of the base model and has its shape.",
     "numbers": "Finite, not all zero, nothing lost to the dtype.",
     "delta": "ΔW of every module against the source’s.",
-    "load": "Through diffusers’ own loader, every module counted.",
+    "load": "Through diffusers’ own loader, or peft’s, every module counted.",
     "picture": "Same seeds: the converted file loaded, against the source merged into the base.",
 }
 """What each rung of the proof looks at."""
@@ -49,9 +49,9 @@ _RUNGS: Mapping[str, str] = {
 _FAILURES: Mapping[str, str] = {
     "structure": "the tensors do not fit the base model",
     "numbers": "the file holds values that cannot be right",
-    "delta": "the converted file does not change the weights as the source does",
+    "delta": "the {} does not change the weights as the source does",
     "load": "not everything in the file arrives in the model",
-    "picture": "the converted file does not draw what the source draws",
+    "picture": "the {} does not draw what the source draws",
 }
 
 _LABELS: Mapping[str, str] = {
@@ -77,7 +77,8 @@ _BLOCK_ORDER = ("down", "mid", "up")
 @dataclass(frozen=True, slots=True)
 class ModuleRow:
     """One adapted module. `norm` is ‖ΔW‖, `base_norm` ‖W‖ of the weight it changes, `error` ‖ΔW − ΔW of the source‖
-    relative to the latter's norm (None where it was not compared).
+    relative to the latter's norm (None where it was not compared). `parts` are what changes: `weight`, `magnitude`,
+    `bias`.
     """
 
     name: str
@@ -87,6 +88,7 @@ class ModuleRow:
     norm: float | None = None
     error: float | None = None
     base_norm: float | None = None
+    parts: tuple[str, ...] = ("weight",)
 
     @property
     def share(self) -> float | None:
@@ -147,16 +149,16 @@ class ReportPage:
     amplification: float | None = None
 
 
-def verdict(rungs: Mapping[str, Rung]) -> tuple[Status, str]:
-    """Status and headline by the rungs alone: what failed first, or how far the proof goes."""
+def verdict(rungs: Mapping[str, Rung], proved: str = "converted file") -> tuple[Status, str]:
+    """Status and headline by the rungs alone: what failed first, or how far the proof goes; `proved` is what for."""
     failed = next((name for name, rung in rungs.items() if rung.status == "fail"), None)
     if failed is not None:
-        return "fail", f"Failed: {_FAILURES.get(failed, failed)}"
+        return "fail", f"Failed: {_FAILURES[failed].format(proved) if failed in _FAILURES else failed}"
     passed = {name for name, rung in rungs.items() if rung.status == "pass"}
     if "delta" not in passed:
         return "partial", "Not proved: the file is sound, but it was compared with no source"
     if "picture" in passed:
-        return "pass", "Proved: the converted file does the same as the source"
+        return "pass", f"Proved: the {proved} does the same as the source"
     return "partial", "Proved without pictures: every weight change is the source’s"
 
 
@@ -201,6 +203,7 @@ def page_html(page: ReportPage) -> str:
         modules=_worst_first(page.modules),
         compared=any(row.error is not None for row in page.modules),
         measured=any(row.norm is not None for row in page.modules),
+        varied=any(row.parts != ("weight",) for row in page.modules),
         relative=any(row.share is not None for row in page.modules),
         first_rows=FIRST_ROWS,
         findings=_grouped(page.findings),

@@ -74,6 +74,8 @@ PROMPTS: Mapping[str, tuple[str, ...]] = {
 FEWEST_PROMPTS = 8
 _DISTURBANCES = 3  # draws of the noise that makes the floor; more of them find a higher one
 _MARGIN = 4.0  # of the floor: another draw of the same noise may move a picture this much more
+_LEAST = 1e-5  # relative distance of latents that is never too much
+_SCALARS = ("alpha", "scalar", "on_input")  # fields that are not rounded when an adapter is
 _LEVEL = 1 / 255  # one level of an 8-bit picture
 
 
@@ -114,7 +116,8 @@ class Comparison:
     """One prompt: how far the converted file's picture is from the reference's, and what the floor allows.
 
     `latents` and `effect` are relative to the reference's own distance from the base alone and from nothing:
-    ‖converted − reference‖ / ‖reference‖ and ‖reference − base‖ / ‖reference‖.
+    ‖converted − reference‖ / ‖reference‖ and ‖reference − base‖ / ‖reference‖. `rounding` is the share of the floor
+    that is not due to an error which the conversion states (a truncated rank).
     """
 
     prompt: str
@@ -124,13 +127,14 @@ class Comparison:
     floor_latents: float
     floor_pixels: Difference
     effect: float
+    rounding: float = 1.0
 
     @property
     def allowed(self) -> Mapping[str, float]:
         """What each figure may be at most; tile SSIM at least."""
         floor = self.floor_pixels
         return {
-            "latents": max(_MARGIN * self.floor_latents, 1e-5),
+            "latents": max(_MARGIN * self.floor_latents, _LEAST),
             "tile_difference": max(_MARGIN * floor.tile_difference, _LEVEL),
             "tile_ssim": 1 - max(_MARGIN * (1 - floor.tile_ssim), 1e-2),
             "flip": max(_MARGIN * floor.flip, 2e-2),
@@ -149,7 +153,12 @@ class Comparison:
 
     @property
     def shows(self) -> bool:
-        """Whether the adapter moves this picture by more than the floor."""
+        """Whether the adapter moves this picture by more than rounding does."""
+        return self.effect > max(_MARGIN * self.floor_latents * self.rounding, _LEAST)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the base alone would be told from the reference: else what agrees proves nothing."""
         return self.effect > self.allowed["latents"]
 
     def as_dict(self) -> dict[str, Any]:
@@ -184,7 +193,7 @@ class PictureProof:
         self.pipeline, self.source, self.found = pipeline, source, found
         self.settings, self.prompts, self.scale = settings, tuple(prompts), scale
         self._progress, self._done = progress, 0
-        self._disturbed: dict[float, tuple[Drawn, ...]] = {}
+        self._disturbed: dict[tuple[float, float], tuple[Drawn, ...]] = {}
 
     @property
     def total(self) -> int:
@@ -205,27 +214,40 @@ class PictureProof:
         with merged(self.pipeline, self.source, self.found, self.scale):
             return self._draw()
 
-    def disturbed(self, disturbance: float) -> tuple[Drawn, ...]:
-        """What no comparison can see below: the reference with that noise in every ΔW, and as another run gives it."""
-        if disturbance not in self._disturbed:
-            levels = [disturbance] * _DISTURBANCES + [0.0] * self._runs
-            self._disturbed[disturbance] = tuple(self._noisy(level, seed) for seed, level in enumerate(levels))
-        return self._disturbed[disturbance]
+    def disturbed(self, disturbance: float, roundoff: float = 0.0) -> tuple[Drawn, ...]:
+        """What no comparison can see below: the reference with that noise in every change and roundoff of that size in
+        the weights, and as another run gives it.
+        """
+        if (disturbance, roundoff) not in self._disturbed:
+            levels = [(disturbance, roundoff)] * _DISTURBANCES + [(0.0, 0.0)] * self._runs
+            drawn = tuple(self._noisy(*level, seed) for seed, level in enumerate(levels))
+            self._disturbed[disturbance, roundoff] = drawn
+        return self._disturbed[disturbance, roundoff]
 
-    def _noisy(self, disturbance: float, seed: int) -> Drawn:
-        with merged(self.pipeline, self.source, self.found, self.scale, disturbance=disturbance, seed=seed):
+    def _noisy(self, disturbance: float, roundoff: float, seed: int) -> Drawn:
+        noise: dict[str, Any] = {"disturbance": disturbance, "roundoff": roundoff, "seed": seed}
+        with merged(self.pipeline, self.source, self.found, self.scale, **noise):
             return self._draw()
 
-    def converted(self, file: str | Path) -> Drawn:
-        """Draw with a file as the pipeline's own loader applies it."""
-        with apply(self.pipeline, file, self.scale):
+    def converted(self, output: str | Path) -> Drawn:
+        """Draw with a file or folder as the pipeline's own loader or peft's applies it."""
+        with apply(self.pipeline, output, self.scale):
             return self._draw()
 
-    def compare(self, drawn: Drawn, disturbance: float) -> tuple[Comparison, ...]:
-        """Every prompt's figures, with the floor that a relative error of every ΔW makes."""
-        return tuple(self._compared(drawn, self.disturbed(disturbance), k) for k in range(len(self.prompts)))
+    def baked(self, pipeline: Any) -> Drawn:
+        """Draw with a model into which the source was merged before."""
+        return self._draw(pipeline)
 
-    def _compared(self, drawn: Drawn, disturbed: Sequence[Drawn], k: int) -> Comparison:
+    def compare(
+        self, drawn: Drawn, disturbance: float, *, roundoff: float = 0.0, rounding: float = 1.0
+    ) -> tuple[Comparison, ...]:
+        """Every prompt's figures, with the floor that a relative error of every change and a roundoff of the weights
+        make; of that error `rounding` is the share that no conversion avoids.
+        """
+        disturbed = self.disturbed(disturbance, roundoff)
+        return tuple(self._compared(drawn, disturbed, k, rounding) for k in range(len(self.prompts)))
+
+    def _compared(self, drawn: Drawn, disturbed: Sequence[Drawn], k: int, rounding: float) -> Comparison:
         floor = [_difference(self.reference, other, k) for other in disturbed]
         latents, pixels = _difference(self.reference, drawn, k)
         return Comparison(
@@ -236,14 +258,15 @@ class PictureProof:
             max(latents for latents, _ in floor),
             functools.reduce(Difference.worst, (pixels for _, pixels in floor)),
             _difference(self.reference, self.base, k)[0],
+            rounding,
         )
 
-    def _draw(self) -> Drawn:
+    def _draw(self, pipeline: Any = None) -> Drawn:
         settings = [
             replace(self.settings, prompt=prompt, seed=self.settings.seed + k) for k, prompt in enumerate(self.prompts)
         ]
         with deterministic():
-            return Drawn(*draw(self.pipeline, settings, progress=self._step))
+            return Drawn(*draw(pipeline or self.pipeline, settings, progress=self._step))
 
     def _step(self, pictures: int) -> None:
         self._done += pictures
@@ -260,7 +283,7 @@ def disturbance_of(files: Iterable[tuple[Source, Detection]], delta_error: float
         for source, found in files
         for module in found.payload
         for part, name in module.tensors.items()
-        if part in ("down", "up")
+        if part not in _SCALARS
     }
     roundoffs = [max(UNIT_ROUNDOFF[dtype], TOLERANCE[dtype]) for dtype in dtypes if dtype in UNIT_ROUNDOFF]
     return max([*roundoffs, delta_error or 0.0, UNIT_ROUNDOFF["F32"]])
@@ -278,6 +301,7 @@ def verdict(found: Sequence[Comparison], *, median: bool = False) -> Rung:
         findings.append(_mismatch(found, excess))
     if statistics.median(comparison.shows for comparison in found) < 1:
         findings.append(_no_effect(len(found)))
+    coarse = statistics.median(comparison.tells for comparison in found) < 1
     figures = {
         "prompts": len(found),
         "excess": excess,
@@ -288,6 +312,8 @@ def verdict(found: Sequence[Comparison], *, median: bool = False) -> Rung:
         "effect": statistics.median(comparison.effect for comparison in found),
         "pictures": [comparison.as_dict() for comparison in found],
     }
+    if coarse and not findings:
+        return Rung("skipped", "errors as large as those stated hide what the adapter does in a picture", figures)
     return Rung("fail" if findings else "pass", figures=figures, findings=tuple(findings))
 
 
@@ -329,27 +355,30 @@ class Gallery:
 
 
 def prove(
-    file: Path,
-    output: Source,
-    found: Detection,
+    path: Path,
+    outputs: Sequence[tuple[Source, Detection]],
     source: Source,
     truth: Detection,
     base: str,
     drawing: Drawing,
     *,
     delta_error: float | None = None,
+    roundoff: float = 0.0,
     progress: Progress | None = None,
 ) -> tuple[Rung, Gallery | None]:
-    """The rung `picture` for a canonical file and its source, on a base model; and what was drawn for it.
+    """The rung `picture` for an output and its source, on a base model; and what was drawn for it.
 
-    A base with the same blocks of other widths cannot take the file: then the rung is skipped and a note says so.
-    Raises UsageError for a base that cannot be opened, or of another family.
+    `path` is a file or folder of adapters, of which `outputs` are the open weight files, or without any a merged model;
+    `roundoff` is then that of its dtype. `delta_error` is what the delta rung measured. A base with the same blocks of
+    other widths cannot take the output: then the rung is skipped and a note says so. Raises UsageError for a base that
+    cannot be opened or is of another family, and for a scale at which the output's kind has no one meaning.
     """
-    assert found.family is not None
+    assert truth.family is not None
+    _check_scale(outputs, drawing.scale)
     pipeline = open_pipeline(base, drawing.device, drawing.dtype)
     family = family_of(pipeline)
-    if family != found.family:
-        return _unfit(base, family, found.family), None
+    if family != truth.family:
+        return _unfit(base, family, truth.family), None
     prompts = tuple(drawing.prompts) or prompts_for(family)
     if len(prompts) < FEWEST_PROMPTS:  # more seeds of the same prompts, until there are enough pictures
         prompts = tuple(itertools.islice(itertools.cycle(prompts), FEWEST_PROMPTS))
@@ -357,10 +386,11 @@ def prove(
         prompts[0], "", drawing.steps, drawing.guidance, drawing.width, drawing.height, seed=drawing.seed
     ).checked()
     proof = PictureProof(pipeline, source, truth, settings, prompts, scale=drawing.scale, progress=progress)
-    disturbance = disturbance_of([(output, found), (source, truth)], delta_error)
-    drawn = proof.converted(file)
-    comparisons = proof.compare(drawn, disturbance)
-    coarse = max(roundoff_of(pipeline.dtype), disturbance) > 2 * UNIT_ROUNDOFF["F16"]
+    unavoidable = disturbance_of([*outputs, (source, truth)]) if outputs else UNIT_ROUNDOFF["F32"]
+    disturbance = max(unavoidable, delta_error or 0.0) if outputs else unavoidable
+    drawn = proof.converted(path) if outputs else proof.baked(open_pipeline(path, drawing.device, drawing.dtype))
+    comparisons = proof.compare(drawn, disturbance, roundoff=roundoff, rounding=unavoidable / disturbance)
+    coarse = max(roundoff_of(pipeline.dtype), disturbance, roundoff) > 2 * UNIT_ROUNDOFF["F16"]
     gallery = Gallery(
         base_record(pipeline),
         settings,
@@ -368,9 +398,16 @@ def prove(
         str(pipeline.dtype).removeprefix("torch."),
         (proof.base, proof.reference, drawn),
         comparisons,
-        _weight_norms(pipeline, found),
+        _weight_norms(pipeline, truth),
     )
     return verdict(comparisons, median=coarse), gallery
+
+
+def _check_scale(outputs: Sequence[tuple[Source, Detection]], scale: float) -> None:
+    """Refuse what peft scales otherwise than the trainers do; what has no strength is refused when it is applied."""
+    dora = any("dora" in module.algorithm.split("+") for _, found in outputs for module in found.payload)
+    if dora and scale != 1.0:
+        raise UsageError(f"at the scale {scale:g} readers do not agree on what a DoRA is; compare it at 1")
 
 
 def _unfit(base: str, family: str | None, wanted: str) -> Rung:

@@ -6,33 +6,30 @@ Only safetensors files are read and no code that lies beside them is run, whoeve
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_convert.converters.models import (
+    KNOWN_FAMILIES,
+    LEFT_OUT,
+    BasePlace,
+    files_in,
+    located,
+    read_index,
+    reason,
+    unreadable,
+    weight_files,
+)
 from lora_convert.errors import LoraConvertError, UsageError
 from lora_convert.report import listed, shown
 from lora_convert.runtime import bases
 from lora_convert.runtime.architectures import PIPELINES, canonical_prefix
-from lora_convert.runtime.folders import (
-    KINDS_OF_BASES,
-    KNOWN_FAMILIES,
-    LEFT_OUT,
-    PICKLES,
-    files_in,
-    pipeline_class_of,
-    read_index,
-    reason,
-    snapshot,
-    unreadable,
-    weight_files,
-)
+from lora_convert.runtime.folders import pipeline_class_of, snapshot
 from lora_convert.runtime.loading import collected_warnings
 from lora_convert.runtime.weights import Shapes, checkpoint_family, matching_family, read_weights, stored_shapes
 
@@ -50,17 +47,6 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 _ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
-_REPOSITORY = re.compile(r"(?:hf://(?:models/)?)?(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?/?", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class _Base:
-    """Where a base model is. `name` is what the user called it, without folders of this machine."""
-
-    name: str
-    location: Literal["embedded", "folder", "file", "hub"]
-    path: Path = Path()
-    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +84,7 @@ def open_pipeline(
     """
     place = _device(device)
     precision = _dtype(dtype, place)
-    found = _located(base)
+    found = located(base)
     path = _fetched(found)
     examined = _checkpoint(path, found.name, config) if found.location == "file" else _folder(path, found.name)
     if family is not None and examined.family != family:
@@ -181,38 +167,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[plain]
 
 
-def _located(base: str | Path) -> _Base:
-    text = str(base)
-    if base in bases.NAMES:
-        return _Base(text, "embedded", bases.folder(text))
-    if text.startswith("hf://") and text.endswith(".safetensors"):
-        return _Base(text, "file")
-    path = Path(text)
-    try:
-        is_folder, exists = path.is_dir() and bool(text), path.exists() and bool(text)
-    except OSError:  # a name too long
-        is_folder = exists = False
-    if is_folder:
-        return _Base(path.resolve().name, "folder", path)
-    if path.suffix in PICKLES or (exists and path.suffix != ".safetensors"):
-        raise UsageError(_refusal(path))
-    if exists:
-        return _Base(path.name, "file", path)
-    repository = _REPOSITORY.fullmatch(text)
-    if repository is None or isinstance(base, Path) or path.suffix == ".safetensors":
-        raise UsageError(f"there is no {shown(text)}; {KINDS_OF_BASES}")
-    revision = repository["revision"] and unquote(repository["revision"])
-    return _Base(repository["repo"], "hub", revision=revision)
-
-
-def _refusal(path: Path) -> str:
-    if path.suffix in PICKLES:
-        said = f"{shown(path.name)} is a pickle, which can run code when it is loaded, and is not opened"
-        return f"{said}; save the model as .safetensors first"
-    return f"{shown(path.name)} is no .safetensors checkpoint; {KINDS_OF_BASES}"
-
-
-def _fetched(base: _Base) -> Path:
+def _fetched(base: BasePlace) -> Path:
     """The folder or file itself; one on the hub is downloaded unless the cache has it."""
     if base.location == "hub":
         return snapshot(base.name, base.revision)

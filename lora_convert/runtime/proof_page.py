@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 from collections.abc import Iterator
@@ -11,18 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_convert._version import __version__
-from lora_convert.containers import Source
+from lora_convert.converters.adapters import Form, form_of
+from lora_convert.converters.base import open_base
 from lora_convert.converters.convert import ValidateResult
 from lora_convert.converters.fidelity import module_figures
 from lora_convert.converters.writer import atomic_file
 from lora_convert.families import FAMILIES
 from lora_convert.hashes import sha256_of
-from lora_convert.inspect.detection import Detection
 from lora_convert.report import counted
 from lora_convert.runtime.comparing import AMPLIFICATION, compare, difference_map
 from lora_convert.runtime.page import FileRecord, ModuleRow, PromptPictures, ReportPage, verdict, write_page
 
 if TYPE_CHECKING:
+    from lora_convert.runtime.baked import Baked
+    from lora_convert.runtime.climb import ProofFiles
     from lora_convert.runtime.picture import Gallery
 
 __all__ = ["write_proof", "write_sheet"]
@@ -33,43 +36,83 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 def write_proof(
     path: Path,
     result: ValidateResult,
-    output: Source,
-    found: Detection,
-    source: Source,
-    truth: Detection,
+    files: ProofFiles,
     gallery: Gallery | None,
+    *,
+    baked: Baked | None = None,
+    base: str | Path | None = None,
 ) -> None:
-    """Write the report of a proof as one HTML page. `source` is `output` itself where the file was checked alone."""
-    status, said = verdict(result.rungs)
-    compared = result.against is not None
-    files = [FileRecord("converted", Path(result.file).name, output.reader.size, sha256_of(output.chunks()))]
-    if compared:
-        assert result.against is not None
-        files.insert(0, FileRecord("source", Path(result.against).name, source.reader.size, sha256_of(source.chunks())))
-    modules: tuple[ModuleRow, ...] = ()
-    if result.rungs["structure"].status == "pass":
-        figures = module_figures(output, found, *((source, truth) if compared else ()))
-        norms = gallery.base_norms if gallery else {}
-        modules = tuple(
-            ModuleRow(name, module.algorithm, module.rank, module.alpha, norm, error, norms.get(name))
-            for name, module, norm, error in figures
-        )
+    """Write the report of a proof as one HTML page. Without a source the output was checked alone.
+
+    `baked` is what was found of a merged model; `base` the model whose weights decide what some modules change.
+    """
+    status, said = verdict(result.rungs, *(("merged model",) if baked else ()))
+    records = list(_records(result, files))
+    modules = tuple(_baked_rows(baked) if baked else _rows(result, files, gallery, base))
     page = ReportPage(
-        title=" → ".join(file.name for file in files),
+        title=" → ".join(Path(name).name for name in (result.against, result.file) if name),
         status=status,
         verdict=said,
-        summary=_summary(result, found),
+        summary=_summary(result, len(modules) or sum(len(found.payload) for _, found in files.outputs)),
         rungs=result.rungs,
         pictures=tuple(_pictures(gallery)) if gallery else (),
         modules=modules,
         findings=result.findings,
-        files=files,
+        files=records,
         provenance=tuple(_provenance(gallery)),
         command=_command(result, gallery, path),
         family=result.family,
         amplification=AMPLIFICATION,
     )
     write_page(path, page)
+
+
+def _records(result: ValidateResult, files: ProofFiles) -> Iterator[FileRecord]:
+    """The source, and the output's files by their paths in it if it is a folder."""
+    if result.against is not None:
+        source = files.source
+        yield FileRecord("source", Path(result.against).name, source.reader.size, sha256_of(source.chunks()))
+    name = Path(result.file).name
+    if not files.outputs:
+        yield FileRecord("merged model", name)
+    for output, _ in files.outputs:
+        path = Path(output.header.path)
+        called = name if path.name == name else f"{name}/{path.relative_to(result.file).as_posix()}"
+        yield FileRecord("converted", called, output.reader.size, sha256_of(output.chunks()))
+
+
+def _rows(
+    result: ValidateResult, files: ProofFiles, gallery: Gallery | None, base: str | Path | None
+) -> Iterator[ModuleRow]:
+    """The modules of files that can be read, compared with the source's where there is one."""
+    if result.rungs["structure"].status != "pass":
+        return
+    norms = gallery.base_norms if gallery else {}
+    compared = result.against is not None
+    headers = {id(module): output.header for output, found in files.outputs for module in found.payload}
+    before = {target.name: module for module in files.truth.payload for target in module.modules}
+    with contextlib.ExitStack() as opens:
+        weights = opens.enter_context(open_base(base)) if base is not None else None
+        figures = module_figures(files.outputs, [(files.source, files.truth)] if compared else [], weights)
+        for name, module, norm, error in figures:
+            kind = module.algorithm
+            if name in before and before[name].algorithm != kind:
+                kind = f"{before[name].algorithm} → {kind}"
+            parts = _parts(form_of(module, headers[id(module)]))
+            yield ModuleRow(name, kind, module.rank, module.alpha, norm, error, norms.get(name), parts)
+
+
+def _parts(form: Form) -> tuple[str, ...]:
+    """What an adapter changes of a module, in words."""
+    return tuple(part for part in ("weight", "magnitude", "bias") if getattr(form, part))
+
+
+def _baked_rows(baked: Baked) -> Iterator[ModuleRow]:
+    for row in baked.modules:
+        source = row.source
+        yield ModuleRow(
+            row.name, source.algorithm, source.rank, source.alpha, row.norm, row.error, row.base_norm, row.parts
+        )
 
 
 def write_sheet(path: Path, gallery: Gallery) -> None:
@@ -83,9 +126,9 @@ def write_sheet(path: Path, gallery: Gallery) -> None:
         image.save(file, "PNG")
 
 
-def _summary(result: ValidateResult, found: Detection) -> str:
+def _summary(result: ValidateResult, modules: int) -> str:
     passed = [name for name, rung in result.rungs.items() if rung.status == "pass"]
-    parts = [counted(len(found.payload), "module")]
+    parts = [counted(modules, "module")]
     if result.family:
         parts.append(FAMILIES[result.family].title)
     if result.worst_delta_error is not None:

@@ -10,13 +10,11 @@ from pathlib import Path
 from lora_convert.containers import Header, Source, opened
 from lora_convert.containers.header import MAX_HEADER_LIMIT
 from lora_convert.errors import FileError
-from lora_convert.families import FAMILIES, Component, Family, Module
+from lora_convert.families import FAMILIES
+from lora_convert.families.fitting import Shapes, fits, matching_family
 from lora_convert.hashes import sha256_of
 
 __all__ = ["Shapes", "checkpoint_family", "matching_family", "read_weights", "stored_shapes"]
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes of a component's weights, by canonical path of the module (`conv_in`)."""
 
 _CHECKPOINT_UNET = "model.diffusion_model."
 _WHOLE = 1 << 26
@@ -24,33 +22,6 @@ _WHOLE = 1 << 26
 
 _SAMPLES, _SAMPLE = 256, 4096
 """Pieces of each larger file that are hashed, and the bytes of a piece."""
-
-
-def matching_family(components: Mapping[str, Shapes]) -> str | None:
-    """The family that has these components, each with every module of the family's table in its shape.
-
-    More modules than the table has do not matter, nor do components that are absent, except for the UNet.
-    """
-    if "unet" not in components:
-        return None
-    families = (family for family in FAMILIES.values() if _has(family, components))
-    return next((family.name for family in families), None)
-
-
-def _has(family: Family, components: Mapping[str, Shapes]) -> bool:
-    names = {component.name: component for component in family.components}
-    return all(name in names and _fits(family, names[name], shapes) for name, shapes in components.items())
-
-
-def _fits(family: Family, component: Component, shapes: Shapes) -> bool:
-    return all(_fits_module(family, module, shapes.get(path)) for path, module in component.modules.items())
-
-
-def _fits_module(family: Family, module: Module, shape: tuple[int, ...] | None) -> bool:
-    """Whether the shape is the module's, or that of the first convolution of an inpainting model and the like."""
-    if shape == module.shape or shape is None or module.name != "unet.conv_in":
-        return shape == module.shape
-    return shape in {(module.shape[0], channels, *module.shape[2:]) for _, channels in family.variants}
 
 
 def stored_shapes(tensors: Mapping[str, tuple[int, ...]]) -> Shapes:
@@ -74,7 +45,7 @@ def checkpoint_family(header: Header) -> str | None:
             for path, module in unet.modules.items()
             if (name := f"{_CHECKPOINT_UNET}{module.original}.weight") in header.tensors
         }
-        if _fits(family, unet, stored):
+        if fits(family, unet, stored):
             return family.name
     return None
 
