@@ -94,7 +94,6 @@ def limits(by_key: Mapping[str, Run], dense_seconds: Mapping[str, float], writin
         Limit("b, d: under 30 s", slowest, 30.0),
         Limit("a to f: peak memory", memory, 600.0, "MB"),
         Limit("e: at most 3 × writing the bytes", by_key["exact"].wall, 3 * writing),
-        Limit("e: at most 3 × f", by_key["exact"].wall, 3 * by_key["again"].wall),
     ]
 
 

@@ -42,6 +42,9 @@ FINDINGS: Mapping[str, str] = {
     "suspicious-name": "a tensor name that no trainer writes",
     "empty-file": "there are no tensors, or nothing in them",
     "not-weights": "the content is something else than the file name promises",
+    "unsafe-pickle": "a pickle or its archive asks for more than tensors, or could mislead a reader",
+    "malformed-pickle": "the file breaks the format of PyTorch's files",
+    "beside-weights": "a checkpoint holds tensors of its training beside the weights, which were not read",
     "unreadable": "the file cannot be opened or read",
     "several-files": "the address names no file, and there are several",
     # what it is

@@ -31,10 +31,13 @@ from lora_convert.converters.adapters import (
     form_of,
     read_adapter,
 )
+from lora_convert.converters.algorithms import lora as lora_algorithm
+from lora_convert.converters.algorithms.lora import dense_product
 from lora_convert.errors import BaseNeeded, Unrepresentable
 from lora_convert.families import FAMILIES, Module
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import AdaptedModule
+from lora_convert.inspect.shapes import fits
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lycoris")
@@ -458,21 +461,18 @@ BROKEN = {
     "loha sides of different sizes": LOHA | {"hada_w2_b": (2, 16)},
     "loha ranks that do not join": LOHA | {"hada_w1_b": (3, 32)},
     "lokr ranks that do not join": {"lokr_w1": (8, 8), "lokr_w2_a": (4, 2), "lokr_w2_b": (1, 4)},
-    "lokr with a core of the first factor": {"lokr_w1": (8, 8), "lokr_w2": (4, 4), "lokr_t1": (2, 2, 3, 3)},
     "glora pairs that do not join": GLORA | {"a2.weight": (2, 32)},
     "blocks that are not square": {"oft_blocks": (8, 4, 3)},
     "rescale of another size": {"oft_blocks": (8, 4, 4), "rescale": (31, 1)},
     "triangles of no size": {"oft_R.weight": (8, 7)},
     "a bias of another size": {"diff": (32, 32), "diff_b": (31,)},
     "a magnitude of another size": {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2), "dora_scale": (31, 1)},
+    "a core that is a number": LOHA | {"hada_t1": (), "hada_t2": ()},
     "a lora's bias of another size": {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2), "lora_up.bias": (31,)},
     "a difference of another size": {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2), "diff_b": (31,)},
     "blocks of one dimension too many": {"oft_blocks": (8, 4, 4, 1)},
     "a butterfly that is too wide": {"oft_blocks": (5, 8, 4, 4)},
-    "rotations of two trainers": {"oft_blocks": (8, 4, 4), "oft_R.weight": (8, 6)},
-    "factors of two trainers": {"weight": (32,), "on_input": (), "ia3_l": (32, 1)},
     "factors of another size": {"ia3_l": (31, 1)},
-    "a core that is a number": LOHA | {"hada_t1": ()},
     "a glora's core of another size": GLORA | {"bm.weight": (3, 2, 1, 1)},
     "a magnitude of a lone bias": {"diff_b": (32,), "dora_scale": (32, 1)},
     "lambda of another size": {"p_layer.weight": (32, 2), "q_layer.weight": (2, 32), "lambda_layer": (1, 3)},
@@ -481,11 +481,61 @@ BROKEN = {
 
 @pytest.mark.parametrize("shapes", BROKEN.values(), ids=BROKEN)
 def test_shapes_that_do_not_join_are_named(shapes):
+    found = found_with(shapes)
+    assert names_of(found.findings) == {"shape-misfit"} and not found.ok
+
+
+LOKR = {"lokr_w1": (8, 8), "lokr_w2": (4, 4)}
+INCOMPLETE = {
+    "a loha without a factor": ({name: LOHA[name] for name in list(LOHA)[1:]}, "hada_w1_a"),
+    "a lokr without half of a factor": ({"lokr_w1_a": (8, 2), "lokr_w2": (4, 4)}, "lokr_w1_b"),
+    "a lokr of one factor": ({"lokr_w1": (8, 8)}, "lokr_w2"),
+    "a glora of the base weight alone": ({"a1.weight": (32, 3), "a2.weight": (3, 32)}, "b1.weight and no b2.weight"),
+    "a t-lora without its values": ({"p_layer.weight": (32, 2), "q_layer.weight": (2, 32)}, "lambda_layer"),
+    "factors of rows without blocks": ({"rescale": (32, 1)}, "oft_blocks"),
+}  # fmt: skip
+TOO_MANY = {
+    "lokr_t1": LOKR | {"lokr_t1": (2, 2, 3, 3)},
+    "lokr_w1": LOKR | {"lokr_w1_a": (8, 2), "lokr_w1_b": (2, 8)},
+    "lokr_t2": LOKR | {"lokr_t2": (2, 2, 1, 1)},
+    "hada_t1": LOHA | {"hada_t1": (2, 2, 1, 1)},
+    "a1.weight": {name: shape for name, shape in GLORA.items() if name != "a2.weight"},
+    "oft_R.weight": {"oft_blocks": (8, 4, 4), "oft_R.weight": (8, 6)},
+    "ia3_l": {"weight": (32,), "on_input": (), "ia3_l": (32, 1)},
+    "scalar": {"diff": (32, 32), "scalar": ()},
+}  # fmt: skip
+
+
+def found_with(shapes: Mapping[str, tuple[int, ...]]) -> Any:
     module = target((32, 32))
     tensors = {f"{part_of(module)}.{name}": np.asarray(values) for name, values in stored(shapes).items()}
     other = {f"{part_of(target((64, 128)))}.diff": np.ones((64, 128), np.float32)}
-    found = detect(open_source(save(tensors | other)), family=FAMILY)
-    assert names_of(found.findings) == {"shape-misfit"} and not found.ok
+    return detect(open_source(save(tensors | other)), family=FAMILY)
+
+
+@pytest.mark.parametrize(("shapes", "lacking"), INCOMPLETE.values(), ids=INCOMPLETE)
+def test_a_missing_factor_is_named(shapes, lacking):
+    (said,) = found_with(shapes).findings
+    assert (said.name, said.severity) == ("missing-partner", "error") and f"no {lacking} beside" in said.message
+
+
+@pytest.mark.parametrize("name", TOO_MANY)
+def test_a_tensor_that_nothing_uses_is_named(name):
+    (said,) = found_with(TOO_MANY[name]).findings
+    assert (said.name, said.severity) == ("unexplained-tensor", "error") and said.subject.endswith(f".{name}")
+
+
+@pytest.mark.parametrize("shape", [(128,), (128, 1), (1, 64)])
+def test_a_magnitude_of_the_other_side_is_named(shape):
+    tensors = stored({"lora_down.weight": (2, 128), "lora_up.weight": (64, 2), "dora_scale": shape})
+    part = part_of(target((64, 128)))
+    found = detect(open_source(save({f"{part}.{name}": np.asarray(v) for name, v in tensors.items()})), family=FAMILY)
+    assert [(said.name, said.subject) for said in found.findings] == [("shape-misfit", f"{part}.dora_scale")]
+
+
+def test_a_butterfly_of_a_billion_stages_is_refused_at_once():
+    shapes = {"blocks": (10**15, 0, 2, 2)}  # of no bytes, so that a header may have it
+    assert not fits("boft", shapes, 64, target((64, 128)))
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "glora", "oft", "ia3"])
@@ -591,3 +641,12 @@ def test_files_of_all_trainers_have_the_trainers_deltas(record):
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["name"])
 def test_large_modules_too(record):
     check_record(record, np.inf)
+
+
+def test_a_product_is_the_same_to_the_bit_however_it_is_cut(monkeypatch):
+    random = np.random.default_rng(0)
+    left, right = random.standard_normal((50, 7)), random.standard_normal((7, 30))
+    whole = dense_product(left, right)
+    monkeypatch.setattr(lora_algorithm, "_CACHED", 100)
+    np.testing.assert_array_equal(dense_product(left, right), whole)
+    np.testing.assert_allclose(whole, left @ right, rtol=1e-12)

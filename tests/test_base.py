@@ -360,6 +360,10 @@ def no_index(model: Path) -> None:
     (model / "model_index.json").unlink()
 
 
+def no_unet(model: Path) -> None:
+    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": null}')
+
+
 def flux(model: Path) -> None:
     index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (model / "model_index.json").write_text(json.dumps(index))
@@ -374,6 +378,7 @@ def flux(model: Path) -> None:
         (quantised, "is U8; give the base model in fp16 or bf16"),
         (scaled, "scaled or quantised form (conv_in.scale_weight)"),
         (no_index, "has no model_index.json"),
+        (no_unet, "is a StableDiffusionPipeline; adapters are known for"),
         (flux, "is a FluxPipeline"),
     ],
 )
@@ -389,6 +394,8 @@ def test_a_folder_that_cannot_be_read_is_said_in_a_sentence(spoil, said, model):
         (lambda model: (model / UNET).write_bytes(b"<html>"), "a web page"),
         (lambda model: (model / UNET).write_bytes((model / UNET).read_bytes()[:-7]), "the file ends before"),
         (lambda model: (model / "model_index.json").write_text("{"), "cannot be read"),
+        (lambda model: (model / "model_index.json").write_text("[" * 100_000), "cannot be read"),
+        (lambda model: (model / "model_index.json").write_text("[]"), "is no JSON object"),
     ],
 )
 def test_a_damaged_folder_is_a_finding(spoil, said, model):

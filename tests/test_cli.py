@@ -296,3 +296,18 @@ def test_a_config_that_is_a_pipe_is_not_waited_for(call, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     status = call("inspect", LORA / "p_sd15_lora.safetensors", "--config", tmp_path / "pipe")[0]
     assert status in (1, 2)
+
+
+def test_one_module_is_said_in_the_singular(call, tmp_path, write):
+    glora = {f"{K}.b1.weight": (320, 4), f"{K}.b2.weight": (4, 768)}
+    source = write({name: np.ones(shape, np.float32) for name, shape in glora.items()})
+    _, out, _ = call("convert", source, "-o", tmp_path / "o")
+    assert "glora for" in out and " 1 module," in out and "proved: the weight change is exactly" in out
+    _, out, _ = call("convert", source, "-o", tmp_path / "p", "--rank", "1", "--max-error", "0.001", "--dtype", "fp16")
+    assert "proved: the weight change is " in out
+
+
+def test_what_is_allowed_is_said_in_digits_that_matter(call, tmp_path, write):
+    source = write(lora(K, 320, 768, rank=4))
+    status, out, _ = call("resize", source, "--rank", "2", "--max-error", "0.001", "-o", tmp_path / "o")
+    assert status == 1 and "more than 0.1 % of" in out

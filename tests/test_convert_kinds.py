@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, lora, names_of, read_all
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import lora_convert
 from lora_convert.cli import run
@@ -172,15 +173,131 @@ def test_a_worse_lora_than_the_best_of_its_rank_fails_the_proof(tmp_path):
     result = lora_convert.convert(file_of("loha"), tmp_path / "o", rank=4, max_error=0.9, dtype="fp32")
     path = Path(result.outputs[0].path)
     assert lora_convert.validate(path, file_of("loha")).ok
+    worse = lora_convert.validate(tampered(path, ".lora_B.weight", 1.05), file_of("loha"))
+    assert not worse.ok and names_of(worse.findings) == {"delta-mismatch"}
+
+
+def tampered(path: Path | str, ending: str, factor: float) -> Path:
+    """A copy of a file with the metadata of the original in which one tensor is multiplied."""
     tensors = read_all(path)
     with safe_open(path, "np") as file:
         metadata = file.metadata()
-    key = next(key for key in sorted(tensors) if ".lora_B." in key)
-    from safetensors.numpy import save_file
+    key = max((key for key in tensors if key.endswith(ending)), key=lambda key: float(np.abs(tensors[key]).max()))
+    changed = Path(path).with_name("tampered.safetensors")
+    save_file({**tensors, key: tensors[key] * np.float32(factor)}, changed, metadata)
+    return changed
 
-    save_file({**tensors, key: tensors[key] * np.float32(1.05)}, path, metadata)
-    worse = lora_convert.validate(path, file_of("loha"))
-    assert not worse.ok and names_of(worse.findings) == {"delta-mismatch"}
+
+@pytest.mark.parametrize(("name", "ending"), [("dora", "lora_magnitude_vector.weight"), ("bias", "lora_B.bias")])
+def test_a_cut_rank_excuses_no_other_magnitude_or_bias(name, ending, tmp_path, write):
+    loha = {
+        f"{K}.hada_{part}": value
+        for part, value in zip(
+            ("w1_a", "w1_b", "w2_a", "w2_b"),
+            (np.random.default_rng(0).standard_normal(s, np.float32) for s in ((320, 3), (3, 768)) * 2),
+            strict=True,
+        )
+    }
+    beside = {"dora": {"dora_scale": np.ones((320, 1), np.float32)}, "bias": {"diff_b": np.ones(320, np.float32)}}[name]
+    source = write({**loha, **{f"{K}.{part}": value for part, value in beside.items()}})
+    result = lora_convert.convert(source, tmp_path / "o", rank=4, max_error=0.9)
+    assert lora_convert.validate(result.outputs[0].path, source).ok
+    worse = lora_convert.validate(tampered(result.outputs[0].path, ending, 1.1), source)
+    assert not worse.ok and "delta-mismatch" in names_of(worse.findings)
+
+
+def test_validate_says_what_a_cut_rank_lost(tmp_path):
+    result = lora_convert.convert(file_of("lokr_full"), tmp_path / "o", rank=2, max_error=0.99)
+    (said,) = lora_convert.validate(result.outputs[0].path, file_of("lokr_full")).findings
+    worst = max(result.truncations, key=lambda item: item.error)
+    assert (said.name, said.severity, said.subject) == ("rank-truncated", "warning", worst.module)
+    assert f"{worst.error:.2e}" in said.message
+
+
+def empty_lora() -> dict[str, np.ndarray]:
+    shapes = {"lora_down.weight": (0, 768), "lora_up.weight": (320, 0)}
+    return {f"{K}.{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+@pytest.mark.parametrize("beside", ["dora_scale", "diff_b"])
+def test_a_rank_of_zero_does_not_take_what_stands_beside_it_away(beside, to, tmp_path, write):
+    values = np.linspace(1, 2, 320, dtype=np.float32)
+    source = write({**empty_lora(), f"{K}.{beside}": values.reshape(320, 1) if beside == "dora_scale" else values})
+    result = lora_convert.convert(source, tmp_path / "o", to=to)
+    assert result.ok and result.worst_delta_error == 0.0, result.findings
+    assert "no-effect" not in names_of(result.findings)
+    assert any(np.array_equal(tensor.reshape(-1), values) for tensor in read_all(result.outputs[0].path).values())
+
+
+def test_peft_loads_no_dora_with_biases(tmp_path, write):
+    pair, bias = lora(K, 320, 768), {f"{K}.diff_b": np.ones(320, np.float16)}
+    dora = {f"{K}.dora_scale": np.ones((320, 1), np.float16)}
+    both = write({**pair, **bias, **dora}, name="both")
+    refused = lora_convert.convert(both, tmp_path / "o")
+    assert refused.status == "refused" and names_of(refused.findings) == {"unsupported-kind"}
+    assert lora_convert.convert(both, tmp_path / "k", to="kohya").ok
+
+
+def test_dora_and_biases_of_other_modules_are_two_files_with_the_base_too(tmp_path):
+    part = "lora_te_text_model_encoder_layers_0_self_attn_{}_proj"
+    source = tmp_path / "in.safetensors"
+    q, k = part.format("q"), part.format("k")
+    tensors = {**lora(q, 64, 64), **lora(k, 64, 64), f"{q}.diff_b": np.ones(64, np.float16)}
+    save_file({**tensors, f"{k}.dora_scale": np.ones((64, 1), np.float16)}, source)
+    result = lora_convert.convert(source, tmp_path / "o", base=BASE, family=BASE)
+    assert len(result.outputs) == 2, result.findings
+    for output in result.outputs:
+        kinds = {key.split(".")[-2] + key.split(".")[-1] for key in read_all(output.path)}
+        assert not {"lora_Bbias", "lora_magnitude_vectorweight"} <= kinds
+    (said,) = (finding for finding in result.findings if finding.name == "two-files")
+    assert not said.fix
+
+
+def test_what_another_conversion_left_is_not_taken_for_a_part(tmp_path):
+    assert len(lora_convert.convert(file_of("partial_dora"), tmp_path / "o").outputs) == 2
+    for call in (lora_convert.convert, lora_convert.plan):
+        with pytest.raises(UsageError, match="another conversion"):
+            call(file_of("loha"), tmp_path / "o", force=True)
+    assert lora_convert.convert(file_of("partial_dora"), tmp_path / "o", force=True).ok
+    with pytest.raises(UsageError, match="another conversion"):
+        lora_convert.convert(file_of("loha"), tmp_path / "o", to="peft")
+    assert lora_convert.convert(file_of("loha"), tmp_path / "o" / "x.safetensors").ok
+
+
+HUGE = {
+    "lora": ({"lora_down.weight": (4, 768), "lora_up.weight": (320, 4)}, 1e200),
+    "loha": ({"hada_w1_a": (320, 2), "hada_w1_b": (2, 768), "hada_w2_a": (320, 2), "hada_w2_b": (2, 768)}, 1e160),
+    "lokr": ({"lokr_w1": (8, 8), "lokr_w2": (40, 96)}, 1e200),
+    "diff": ({"diff": (320, 768)}, 1e150),
+}
+
+
+@pytest.mark.parametrize("options", [["--max-error", "0.5"], ["--rank", "4"], ["--rank", "4", "--no-validate"]])
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "diff"])
+def test_numbers_beyond_float32_are_a_finding(name, options, tmp_path, write, capsys, recwarn):
+    shapes, size = HUGE[name]
+    random = np.random.default_rng(0)
+    source = write({f"{K}.{part}": size * random.standard_normal(shape) for part, shape in shapes.items()})
+    assert run(["convert", str(source), "-o", str(tmp_path / "o"), "--json", *options]) == 1
+    found = json.loads(capsys.readouterr().out)
+    errors = {finding["name"] for finding in found["findings"] if finding["severity"] == "error"}
+    assert errors and errors <= {"overflow", "unsupported-kind", "rank-truncated"} and not (tmp_path / "o").exists()
+    assert not [str(warning.message) for warning in recwarn.list]
+
+
+def test_factors_that_cannot_be_read_are_a_finding_under_max_error_too(tmp_path):
+    module = "lora_unet_up_blocks_2_attentions_1_transformer_blocks_0_ff_net_0_proj"
+    save_file(
+        {f"{module}.weight": np.ones(64, np.float32), f"{module}.on_input": np.array(0)}, tmp_path / "in.safetensors"
+    )
+    result = lora_convert.convert(tmp_path / "in.safetensors", tmp_path / "o", family=BASE, base=BASE, max_error=0.5)
+    assert result.status == "failed" and "side" in str(result.findings[-1]), result.findings
+
+
+def test_an_alpha_beyond_float32_is_kept(tmp_path, write):
+    source = write({**lora(K, 320, 768, dtype=np.float32), f"{K}.alpha": np.array(1e200)})
+    assert lora_convert.convert(source, tmp_path / "o", to="kohya").worst_delta_error == 0.0
 
 
 def test_partial_dora_is_two_files_or_one_with_the_base(tmp_path, weights):
@@ -211,15 +328,11 @@ def test_partial_dora_is_two_files_or_one_with_the_base(tmp_path, weights):
 
 def test_a_wrong_magnitude_fails_the_proof(tmp_path):
     result = lora_convert.convert(file_of("dora_out"), tmp_path)
-    tensors = read_all(result.outputs[0].path)
-    key = next(key for key in tensors if "magnitude" in key)
-    from safetensors.numpy import save_file
-
-    with safe_open(result.outputs[0].path, "np") as file:
-        metadata = file.metadata()
-    save_file({**tensors, key: tensors[key] * np.float32(1.001)}, tmp_path / "wrong.safetensors", metadata)
-    found = lora_convert.validate(tmp_path / "wrong.safetensors", file_of("dora_out"))
-    assert not found.ok and [finding.subject for finding in found.findings] == [key.split(".lora_")[0]]
+    wrong = tampered(result.outputs[0].path, "lora_magnitude_vector.weight", 1.001)
+    found = lora_convert.validate(wrong, file_of("dora_out"))
+    ours, theirs = read_all(wrong), read_all(result.outputs[0].path)
+    changed = [key.split(".lora_")[0] for key in ours if not np.array_equal(ours[key], theirs[key])]
+    assert not found.ok and [finding.subject for finding in found.findings] == changed
 
 
 def test_biases_are_there_for_every_module_of_a_component(tmp_path, weights):

@@ -127,9 +127,16 @@ def test_several_files_add_up_with_their_scales(tmp_path):
 
 
 def test_one_scale_is_for_all_files(tmp_path):
-    for name, scales in (("one", 0.5), ("each", [0.5, 0.5])):
+    for name, scales in (("one", 0.5), ("numpy", np.float32(0.5)), ("each", [0.5, 0.5])):
         merge([NEON, LOCON], "tiny-sd15", tmp_path / name, scales=scales)
-    assert (tmp_path / "one" / UNET).read_bytes() == (tmp_path / "each" / UNET).read_bytes()
+    assert len({(tmp_path / name / UNET).read_bytes() for name in ("one", "numpy", "each")}) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_proof_holds_at_any_scale(tmp_path):
+    """Squares of such values do not fit float32, in which a norm would be infinite and prove anything."""
+    result = merge(NEON, "tiny-sd15", tmp_path / "out", scales=1e30, dtype="fp32")
+    assert result.ok and 0 < result.worst_rounding < 1e-6
 
 
 def composed(path: Path) -> Path:
@@ -356,6 +363,30 @@ def test_outputs_that_must_not_be_replaced(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my-model", "out", "precious"]
 
 
+def test_an_output_that_is_a_link_stays_one(tmp_path):
+    """Also one that leads to a folder that is not there yet; nothing is left beside it."""
+    (tmp_path / "link").symlink_to("disk/model")
+    for files in ([NEON], [NEON, LOCON]):
+        assert merge(files, "tiny-sd15", tmp_path / "link", force=len(files) > 1).ok
+    assert_merged(merge(LOCON, "tiny-sd15", tmp_path / "link", force=True), tmp_path / "link", (LOCON, 1.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "is the current folder, which cannot be replaced as a whole" in refused(NEON, "tiny-sd15", ".")
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    assert "is a mount point, which cannot be replaced as a whole" in refused(NEON, "tiny-sd15", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_pickle_is_written(tmp_path):
+    said = refused(NEON, "tiny-sd15", tmp_path / "merged.ckpt", single_file=True)
+    assert "written as .safetensors, and not as .ckpt" in said
+
+
 def test_a_checkpoint_needs_to_be_asked_for(tmp_path):
     save_file(checkpoint("tiny-sd15"), tmp_path / "base.safetensors")
     assert "--single-file writes another one" in refused(NEON, tmp_path / "base.safetensors", tmp_path / "out")
@@ -373,6 +404,50 @@ def test_a_base_without_what_a_file_changes_is_an_error(tmp_path):
     assert not (tmp_path / "out").exists()
     kept = merge(LOCON, tmp_path / "unet.safetensors", tmp_path / "out", single_file=True, skip=["lora_te_*"])
     assert kept.ok and "skipped" in names_of(kept.findings)
+
+
+def test_components_may_be_links(model, tmp_path):
+    """Models share text encoders, tokenizers and VAEs that way."""
+    for name in ("unet", "vae", "tokenizer"):
+        (model / name).rename(tmp_path / f"shared-{name}")
+        (model / name).symlink_to(tmp_path / f"shared-{name}")
+    assert_merged(merge(NEON, model, tmp_path / "out"), tmp_path / "out", (NEON, 1.0))
+    assert not (tmp_path / "out/vae").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "out/tokenizer").iterdir()) == sorted(
+        path.name for path in (model / "tokenizer").iterdir()
+    )
+
+
+@pytest.mark.parametrize("content", [b"{", b'["dtype"]', b"\xff\xfe", b"[" * 100_000])
+def test_a_configuration_that_cannot_be_read_is_said(content, model, tmp_path):
+    (model / "text_encoder/config.json").write_bytes(content)
+    result = merge(NEON, model, tmp_path / "out", dtype="fp32")
+    (finding,) = result.findings
+    assert (result.status, finding.name, finding.subject) == ("failed", "unreadable", "my-model")
+    assert "Its text_encoder/config.json" in finding.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_with_the_base_is_said_of_the_base(model, tmp_path):
+    vae = model / "vae/diffusion_pytorch_model.safetensors"
+    kept = vae.read_bytes()
+    shard(vae)
+    vae.write_bytes(kept)
+    said = refused(NEON, model, tmp_path / "out.safetensors", single_file=True)
+    assert "remove one of the two forms of the model" in said
+    for path in vae.parent.glob("*-of-*"):
+        path.unlink()
+    vae.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (finding,) = [found for found in merge(NEON, model, tmp_path / "out").findings if found.severity == "error"]
+    assert (finding.name, finding.subject) == ("not-weights", "vae/diffusion_pytorch_model.safetensors")
+    vae.write_bytes(kept)
+    rewritten(
+        model / UNET, lambda tensors: tensors | {"conv_out.weight": tensors["conv_out.weight"] * np.float16("inf")}
+    )
+    assert merge(NEON, model, tmp_path / "other").ok, "what is not changed is copied, whatever it is"
+    (finding,) = merge(LOCON, model, tmp_path / "out").findings
+    assert (finding.name, finding.subject) == ("not-finite", "conv_out.weight")
+    assert "the base model's own values" in finding.message
 
 
 def test_a_missing_component_is_said(model, tmp_path):
@@ -404,6 +479,7 @@ def test_bad_files_are_findings_and_write_nothing(change, name, tmp_path):
     result = merge(bad, "tiny-sd15", tmp_path / "out")
     assert result.status == "failed" and name in names_of(result.findings)
     assert result.family == "tiny-sd15"
+    assert merge("no\0name", "tiny-sd15", tmp_path / "out").status == "failed"
     several = merge([LOCON, bad], "tiny-sd15", tmp_path / "out")
     assert several.status == "failed"
     with pytest.raises(FileError):
@@ -416,6 +492,18 @@ def test_of_several_files_a_finding_names_its_own(tmp_path):
     result = merge([LOCON, bad, tmp_path / "none"], "tiny-sd15", tmp_path / "out")
     errors = [finding for finding in result.findings if finding.severity == "error"]
     assert {finding.subject.partition(": ")[0] for finding in errors} == {str(bad), str(tmp_path / "none")}
+
+
+def test_half_of_an_adapter_is_a_warning(tmp_path):
+    """Partial DoRA converts to two files."""
+    source = TINY / "kinds/partial_dora.safetensors"
+    both = [record.path for record in lora_convert.convert(source, tmp_path / "two").outputs]
+    half = merge(both[0], "tiny-sd15", tmp_path / "half")
+    (finding,) = [finding for finding in half.findings if finding.severity == "warning"]
+    assert half.ok and (finding.name, finding.subject) == ("half-applied", both[0])
+    whole = merge(both, "tiny-sd15", tmp_path / "whole", dtype="fp32")
+    assert_merged(whole, tmp_path / "whole", *((Path(path), 1.0) for path in both), roundoff=2.0**-24)
+    assert not whole.findings
 
 
 def test_a_change_of_nothing_is_a_warning(tmp_path):

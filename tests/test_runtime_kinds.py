@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import html
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +30,7 @@ from lora_convert.inspect.detect import detect  # noqa: E402
 from lora_convert.runtime import bases  # noqa: E402
 from lora_convert.runtime.applying import applied, apply  # noqa: E402
 from lora_convert.runtime.climb import climb  # noqa: E402
-from lora_convert.runtime.picture import Drawing  # noqa: E402
+from lora_convert.runtime.picture import Drawing, prove  # noqa: E402
 from lora_convert.runtime.pipelines import live_components, open_pipeline  # noqa: E402
 from lora_convert.runtime.reference import merged  # noqa: E402
 from training import kinds  # noqa: E402
@@ -285,7 +288,9 @@ def test_kinds_that_cannot_share_a_module_are_refused_in_a_sentence(native_first
     first, second = files if native_first else reversed(files)
     with apply(pipeline, first) as adapter:
         before = state(pipeline)
-        with pytest.raises(UsageError, match=r"out_proj has an adapter of .*; remove the former first"):
+        with pytest.raises(
+            UsageError, match=r"^text_encoder\.text_model\..*out_proj has an adapter of .*; remove the former first"
+        ):
             apply(pipeline, second)
         assert state(pipeline) == before and applied(pipeline) == (adapter,)
 
@@ -345,6 +350,23 @@ def test_a_failure_of_the_second_file_takes_the_first_off_again(made, pipeline, 
     assert state(pipeline) == before and applied(pipeline) == ()
 
 
+@pytest.mark.parametrize(("options", "call"), [({}, 0), ({}, 4), ({"to": "peft"}, 4)])
+def test_an_interruption_while_it_loads_leaves_nothing_behind(options, call, made, pipeline, monkeypatch):
+    """Ctrl-C while it is said what is trained, which comes last."""
+    folder, calls, real = made("partial_dora", **options), itertools.count(), torch.nn.Module.requires_grad_
+
+    def interrupted(module: Any, required: bool = True) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return real(module, required)
+
+    before = state(pipeline)
+    monkeypatch.setattr(torch.nn.Module, "requires_grad_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply(pipeline, folder)
+    assert state(pipeline) == before and applied(pipeline) == ()
+
+
 def test_a_magnitude_beside_a_bias_is_an_error(made, pipeline, tmp_path):
     """peft's DoRA takes the bias for a part of the weight."""
     path = tmp_path / PLAIN
@@ -377,12 +399,15 @@ CLIMBS: Mapping[str, tuple[str, dict[str, Any], str, str]] = {
     "biases": ("lora_bias", {}, "pass", "weight, bias"),
     "LoHa": ("loha", {}, "pass", "loha → lora"),
     "peft's LoHa": ("loha", {"to": "peft"}, "pass", "loha"),
+    "peft's LoRA and DoRA": ("partial_dora", {"to": "peft"}, "pass", "weight, magnitude"),
     "peft's rotation": ("oft_r", {"to": "peft"}, "pass", "oft"),
     "a base and a rank": ("dora_in", {"base": "tiny-sd15", "rank": 24, "max_error": 0.9}, "pass", "lora+dora → lora"),
-    "too coarse to tell": ("lokr_full", {"rank": 8, "max_error": 0.99}, "skipped", "lokr → lora"),
+    "cut": ("lokr_full", {"max_error": 0.05}, "pass", "the same as the source, but for what was cut"),
+    "too coarse to tell": ("lokr_full", {"rank": 8, "max_error": 0.99}, "skipped", "is the closest of its rank"),
 }
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("case", CLIMBS)
 def test_the_proof_climbs_to_the_pictures_for_every_kind_of_output(case, made, tmp_path):
     kind, options, picture, said = CLIMBS[case]
@@ -400,19 +425,69 @@ def test_the_proof_climbs_to_the_pictures_for_every_kind_of_output(case, made, t
     assert statuses == dict.fromkeys(("structure", "numbers", "delta", "load"), "pass") | {"picture": picture}
     load = result.rungs["load"].figures
     assert load["loaded"] == load["modules"] == len(kinds.KINDS[kind].modules)
-    page = report.read_text()
+    page = html.unescape(report.read_text())
     assert said in page and "Not proved" not in page
     json.dumps(result.as_dict(), allow_nan=False)
 
 
-def test_a_sabotaged_magnitude_is_caught_by_delta_and_picture(made, tmp_path):
-    folder = shutil.copytree(made("partial_dora"), tmp_path / "wrong")
-    with open(folder / DORA, "rb") as stream:
+TO_Q, TO_V = (f"unet.up_blocks.2.attentions.1.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_v"))
+CONV = "unet.up_blocks.3.resnets.0.conv2"
+
+
+def swapped(tensors: dict[str, Any]) -> None:
+    first, second = f"{TO_Q}.lora_B.weight", f"{TO_V}.lora_B.weight"
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+
+
+def turned(tensors: dict[str, Any]) -> None:
+    """Rows and columns of the kernel exchanged."""
+    tensors[f"{CONV}.lora_A.weight"] = np.ascontiguousarray(tensors[f"{CONV}.lora_A.weight"].swapaxes(2, 3))
+
+
+def flattened(tensors: dict[str, Any]) -> None:
+    """The kernel's positions before the channels."""
+    down = tensors[f"{CONV}.lora_A.weight"]
+    rank, columns, *kernel = down.shape
+    other = down.reshape(rank, *kernel, columns).transpose(0, 3, 1, 2)
+    tensors[f"{CONV}.lora_A.weight"] = np.ascontiguousarray(other)
+
+
+def longer(tensors: dict[str, Any]) -> None:
+    tensors[f"{TO_Q}.lora_magnitude_vector.weight"] *= np.float32(1.1)
+
+
+def without_bias(tensors: dict[str, Any]) -> None:
+    tensors[f"{CONV}.lora_B.bias"][:] = 0
+
+
+SABOTAGED = {
+    "a wrong magnitude": ("dora_out", longer, {TO_Q}),
+    "a wrong magnitude in the second file": ("partial_dora", longer, {TO_Q}),
+    "a dropped bias": ("lora_bias", without_bias, {CONV}),
+    "swapped factors": ("loha", swapped, {TO_Q, TO_V}),
+    "a turned kernel": ("loha", turned, {CONV}),
+    "a wrong flattening": ("lokr", flattened, {CONV}),
+}
+
+
+@pytest.mark.parametrize("case", SABOTAGED)
+def test_sabotage_is_caught_by_the_weights_and_by_the_pictures_alone(case, made, tmp_path):
+    kind, change, wrong = SABOTAGED[case]
+    folder = shutil.copytree(made(kind), tmp_path / "wrong")
+    file = folder / (DORA if kind == "partial_dora" else PLAIN)
+    with open(file, "rb") as stream:
         metadata = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))["__metadata__"]
-    tensors = {n: v * np.float32(1.5 if "magnitude" in n else 1) for n, v in load_file(folder / DORA).items()}
-    save_file(tensors, folder / DORA, metadata)
-    result = climb(folder, kind_file("partial_dora"), base="tiny-sd15", drawing=QUICK, family="tiny-sd15")
-    assert result.rungs["delta"].status == "fail" and "delta-mismatch" in names_of(result.findings)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata)
+    result = lora_convert.validate(folder, kind_file(kind), family="tiny-sd15")
+    assert result.rungs["delta"].status == "fail"
+    assert {finding.subject for finding in result.findings} == wrong and names_of(result.findings) == {"delta-mismatch"}
+    with opened(file) as output, opened(kind_file(kind)) as source:
+        found, truth = (detect(each, family="tiny-sd15") for each in (output, source))
+        rung, _ = prove(folder, [(output, found)], source, truth, "tiny-sd15", QUICK)
+    assert rung.status == "fail" and names_of(rung.findings) == {"picture-mismatch"}
+    assert rung.figures["excess"] > 10
 
 
 def test_a_dora_is_compared_at_the_scale_one(made):
@@ -448,13 +523,19 @@ def test_a_merged_model_is_proved_by_its_weights_and_its_pictures(kind, options,
     assert {name: rung.status for name, rung in result.rungs.items()} == {"delta": "pass", "picture": "pass"}
     assert result.rungs["delta"].figures["modules"] == len(kinds.KINDS[kind].modules)
     assert result.worst_delta_error < {"fp32": 1e-6, "bf16": 2e-2}.get(options.get("dtype"), 2e-3)
-    assert "merged model" in report.read_text()
+    page = html.unescape(report.read_text())
+    assert "The error is ‖ΔW of the merged model − ΔW of the source‖" in page
 
 
-def test_a_model_merged_at_a_scale_is_proved_at_that_scale(baked):
-    model = baked("loha", scales=[0.5])
-    right = climb(model, kind_file("loha"), base="tiny-sd15", drawing=Drawing(steps=1, scale=0.5), family="tiny-sd15")
+def test_a_model_merged_at_a_scale_is_proved_at_that_scale(baked, tmp_path):
+    """And the report says how to do that again."""
+    model, report = baked("loha", scales=[0.5]), tmp_path / "proof.html"
+    half = Drawing(steps=1, scale=0.5)
+    right = climb(model, kind_file("loha"), base="tiny-sd15", drawing=half, family="tiny-sd15", report=report)
     assert right.ok
+    command = re.sub("<[^>]+>", "", html.unescape(report.read_text()).partition("<pre")[2].partition("</pre>")[0])
+    for option in ("--family tiny-sd15", "--base tiny-sd15", "--steps 1", "--seed 0", "--scale 0.5"):
+        assert f" {option} " in command
     wrong = climb(model, kind_file("loha"), base="tiny-sd15", drawing=QUICK, family="tiny-sd15")
     assert {name: rung.status for name, rung in wrong.rungs.items()} == {"delta": "fail", "picture": "skipped"}
     assert len(wrong.findings) == 8 and names_of(wrong.findings) == {"delta-mismatch"}

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,19 +29,10 @@ from lora_convert.families import FAMILIES  # noqa: E402
 from lora_convert.inspect.detect import detect  # noqa: E402
 from lora_convert.runtime.architectures import build_component, canonical_prefix  # noqa: E402
 from lora_convert.runtime.loading import LoadingError, adapters_of  # noqa: E402
-from lora_convert.runtime.native import (  # noqa: E402
-    load_native,
-    native_delta,
-    native_folders,
-    native_parameters,
-    native_scale,
-    set_native_scale,
-)
+from lora_convert.runtime.native import load_native, native_folders, native_parameters  # noqa: E402
 from lora_convert.runtime.pipelines import live_components, open_pipeline  # noqa: E402
 
 KINDS = FIXTURES / "tiny" / "kinds"
-SCALED = ("locon", "loha", "loha_tucker", "lokr", "lokr_full", "lokr_tucker", "lora_bias")
-UNSCALED = ("ia3", "oft_r")
 COPIED = ("loha", "lokr")
 """Kinds whose values peft holds as they are; others are multiplied together, and rounded to the file's dtype."""
 
@@ -94,6 +86,18 @@ def relative(first: Any, second: Any) -> float:
     return float(np.linalg.norm(first - second) / np.linalg.norm(second))
 
 
+def native_delta(layer: Any, name: str) -> dict[str, Any]:
+    """What one adapter of a live layer changes, dense, float64, by peft's own `merge` on a copy of the layer."""
+    double = copy.deepcopy(layer).double()
+    base = double.get_base_layer()
+    before = {part: values.detach().clone() for part, values in base.named_parameters(recurse=False)}
+    with torch.no_grad():
+        double.merge(adapter_names=[name])
+    after = dict(base.named_parameters(recurse=False))
+    deltas = {part: after[part].detach() - values for part, values in before.items()}
+    return {part: delta for part, delta in deltas.items() if part == "weight" or bool(delta.any())}
+
+
 def responses(layer: Any, deltas: Mapping[str, np.ndarray], base: Any) -> tuple[Any, Any]:
     """A live layer's answer to a random input, and that of the base layer with its parameters changed."""
     changed = copy.deepcopy(base)
@@ -141,9 +145,26 @@ def test_plain_peft_loads_it_too(name, folder, components, models):
     for module, layer in ours.items():
         for suffix, values in native_parameters(layer, "a").items():
             assert torch.equal(native_parameters(theirs[module], "default")[suffix], values), (module, suffix)
-        assert native_scale(theirs[module], "default") == native_scale(layer, "a")
         delta = native_delta(theirs[module], "default")
         assert all(torch.equal(values, delta[part]) for part, values in native_delta(layer, "a").items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_of_the_documentation_load_it_in_plain_peft(folder, components, models, monkeypatch):
+    monkeypatch.chdir(folder("partial_dora").parent)
+    folder("partial_dora").rename("out")
+    text = (FIXTURES.parent / "docs" / "formats.md").read_text().partition("## peft's layout")[2].partition("\n## ")[0]
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    pipe = SimpleNamespace(**components)
+    exec("\n".join(lines), {"pipe": pipe})
+    live = modules_of({part: getattr(pipe, part).base_model.model for part in components})
+    expected = truth("partial_dora", models)
+    assert len(expected) == HELD["partial_dora"]
+    for module, deltas in expected.items():
+        layer = live[module]
+        (name,) = adapters_of(layer)
+        assert name in layer.active_adapters
+        assert relative(native_delta(layer, name)["weight"], deltas["weight"]) <= 1e-6, module
 
 
 def detach(components: Mapping[str, Any], name: str) -> None:
@@ -160,7 +181,7 @@ def detach(components: Mapping[str, Any], name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*SCALED, *UNSCALED, "partial_dora"])
+@pytest.mark.parametrize("name", sorted(HELD))
 def test_it_comes_off_bit_for_bit(name, folder, components, models):
     load_native(components, folder(name), "a")
     detach(components, "a")
@@ -181,39 +202,6 @@ def test_two_adapters_of_one_kind_add_and_go_one_by_one(folder, components, mode
     for module, layer in again.items():
         assert adapters_of(layer) == {"b"}
         assert torch.equal(native_delta(layer, "b")["weight"], before[module])
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", SCALED)
-def test_strength_scales_what_is_added(name, folder, components):
-    for layer in load_native(components, folder(name), "a").values():
-        own, whole = native_scale(layer, "a"), native_delta(layer, "a")
-        set_native_scale(layer, "a", own * 0.25)
-        for part, values in native_delta(layer, "a").items():
-            assert relative(values, 0.25 * whole[part]) <= 1e-6
-        set_native_scale(layer, "a", own)
-        assert torch.equal(native_delta(layer, "a")["weight"], whole["weight"])
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_of_a_dora_the_inner_change_is_scaled(folder, components, models):
-    module = "unet.up_blocks.2.attentions.1.transformer_blocks.0.attn1.to_q"
-    layer = load_native(components, folder("dora_out"), "a")[module]
-    set_native_scale(layer, "a", 0.0)
-    base = modules_of(models)[module].weight.detach().double()
-    magnitude = native_parameters(layer, "a")["lora_magnitude_vector"].detach().double()
-    expected = base * (magnitude / base.norm(dim=1))[:, None] - base
-    assert relative(native_delta(layer, "a")["weight"], expected) <= 1e-6
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", UNSCALED)
-def test_what_multiplies_has_no_strength(name, folder, components):
-    for layer in load_native(components, folder(name), "a").values():
-        assert native_scale(layer, "a") == 1.0
-        set_native_scale(layer, "a", 1.0)
-        with pytest.raises(UsageError, match="has no strength"):
-            set_native_scale(layer, "a", 0.5)
 
 
 def edited(folder: Path, change: Callable[[dict[str, np.ndarray], dict[str, Any]], None], part: str = "unet") -> Path:

@@ -343,6 +343,13 @@ def test_the_verdict_says_how_far_the_proof_goes(statuses, expected):
     assert (status, said[: len(expected[1])]) == expected
 
 
+@pytest.mark.parametrize("picture", ["pass", "skipped"])
+def test_the_verdict_says_that_something_was_cut(picture):
+    delta = Rung("pass", figures={"truncated_modules": 1})
+    _, said = verdict({"delta": delta, "picture": Rung(picture)})
+    assert ("but for what was cut" if picture == "pass" else "the closest of its rank") in said
+
+
 def _luminance(colour: str) -> float:
     channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]

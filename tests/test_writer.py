@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from safetensors.numpy import save
 import lora_convert
 from lora_convert.containers.dtypes import numpy_dtype
 from lora_convert.converters.plan import OutputTensor
-from lora_convert.converters.writer import atomic_file, header_bytes, offsets
+from lora_convert.converters.writer import atomic_file, atomic_folder, header_bytes, offsets
 from lora_convert.errors import UsageError
 
 DTYPES = ["BOOL", "U8", "F8_E4M3", "F8_E5M2", "I16", "F16", "BF16", "I32", "F32", "F64", "I64", "U64"]
@@ -293,6 +294,70 @@ def test_many_writers_of_one_target_do_not_disturb_each_other(tmp_path):
         thread.join()
     assert [len(content) for content in done] == [1] * 160
     assert [*tmp_path.iterdir()] == [target]
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that is there already."""
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    (tmp_path / "model" / "unet" / "x").write_bytes(b"old")
+    return tmp_path / "model"
+
+
+def replace_folder(target: Path) -> None:
+    with atomic_folder(target) as folder:
+        (folder / "x").write_bytes(b"new")
+
+
+def test_a_folder_is_replaced_as_a_whole(model):
+    replace_folder(model)
+    assert content_of(model.parent) == {"model/x": b"new"}
+
+
+@pytest.mark.parametrize("moment", ["model", "content"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
+def test_a_folder_that_cannot_be_moved_leaves_the_old_one(error, moment, model, monkeypatch):
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == moment:
+            raise error
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(Path, "rename", interrupted)
+        replace_folder(model)
+    assert content_of(model.parent) == {"model/unet/x": b"old"}
+
+
+def test_a_removal_that_was_interrupted_is_finished_by_the_next_writer(model, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def interrupted(path: Path, **options: object) -> None:
+        rmtree(path, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted)
+        replace_folder(model)
+    assert content_of(model) == {"x": b"new"}
+    assert litter(model.parent)
+    replace_folder(model)
+    assert content_of(model.parent) == {"model/x": b"new"}
+
+
+def test_a_writer_that_died_between_its_renames_loses_nothing(model):
+    scratch = model.parent / ".model.1-00.part"
+    (scratch / "content").mkdir(parents=True)
+    (scratch / ".lock").touch()
+    model.rename(scratch / "old")
+    with pytest.raises(ZeroDivisionError), atomic_folder(model):
+        raise ZeroDivisionError
+    assert content_of(model.parent) == {"model/unet/x": b"old"}
 
 
 def test_bad_values_publish_nothing(write, tmp_path):

@@ -19,7 +19,7 @@ import lora_convert
 from lora_convert._version import __version__
 from lora_convert.cli.golden import golden
 from lora_convert.cli.merge import merge
-from lora_convert.cli.options import JSON, rank_options, reading_options
+from lora_convert.cli.options import JSON, OUTPUT, rank_options, reading_options
 from lora_convert.cli.outcome import Outcome, each, failed, say
 from lora_convert.cli.render import render
 from lora_convert.cli.validate import validate
@@ -101,14 +101,7 @@ def _outputs(files: tuple[str, ...], out: Path | None) -> Sequence[Path | None]:
 
 @cli.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="A folder, or a name ending in .safetensors. Several inputs go to PATH/<name>/.",
-)
+@OUTPUT
 @click.option(
     "--to",
     type=click.Choice(["diffusers", "kohya", "comfy", "peft"]),
@@ -204,14 +197,7 @@ def _convert(
 
 @cli.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="A folder, or a name ending in .safetensors. Several inputs go to PATH/<name>/.",
-)
+@OUTPUT
 @rank_options
 @click.option("--to", type=click.Choice(["diffusers", "kohya", "comfy"]), default="diffusers", help="The layout.")
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="The dtype to write.")

@@ -14,7 +14,7 @@ from lora_convert.containers.header import MAX_HEADER, MAX_HEADER_LIMIT
 from lora_convert.errors import UsageError
 from lora_convert.families import FAMILIES
 
-__all__ = ["FAIL_ON", "FAMILY", "JSON", "device_options", "rank_options", "reading_options", "runtime"]
+__all__ = ["FAIL_ON", "FAMILY", "JSON", "OUTPUT", "device_options", "rank_options", "reading_options", "runtime"]
 
 FAMILY = click.option(
     "--family", type=click.Choice(list(FAMILIES)), help="The base model's family, where the file fits several."
@@ -36,6 +36,14 @@ _MAX_HEADER = click.option(
     default=MAX_HEADER,
     metavar="BYTES",
     help=f"Largest header to read, at most {MAX_HEADER_LIMIT:,} (default {MAX_HEADER:,}).",
+)
+OUTPUT = click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A folder, or a name ending in .safetensors. Several inputs go to PATH/<name>/.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per file and line.")
 FAIL_ON = click.option(

@@ -10,7 +10,7 @@ import click
 
 from lora_convert.families import FAMILIES
 from lora_convert.inspect.detection import Detection
-from lora_convert.report import Finding, printable, shown
+from lora_convert.report import Finding, counted, printable, shown
 
 if TYPE_CHECKING:
     from lora_convert.converters.adapters import Kind
@@ -72,12 +72,13 @@ def _what(detection: Detection) -> str:
     """One phrase: kind, family, trainer."""
     if detection.kind != "lora":
         return {"unknown": "not a file that this version knows"}.get(detection.kind, detection.kind)
-    names = ", ".join(detection.algorithms) or "LoRA"
+    names = [name.split("+") for name in detection.algorithms] or [["lora"]]
+    kinds = ", ".join("+".join("LoRA" if part == "lora" else part for part in parts) for parts in names)
     family = (
         f"{FAMILIES[detection.family].title} ({detection.family})" if detection.family else "an undecided base model"
     )
     trainer = f", by {detection.trainer}" if detection.trainer else ""
-    return f"{names.replace('lora', 'LoRA')} for {family}{trainer}"
+    return f"{kinds} for {family}{trainer}"
 
 
 def _module_line(entry: Mapping[str, Any]) -> str:
@@ -138,7 +139,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         bound = "" if plan.resolved else "at most "
         for output in plan.outputs:
             yield f"  would write {output.path}: {len(output.tensors)} tensors, {bound}{size(output.bytes)}"
-        yield f"  {len(plan.steps)} modules, {copied} of them copied byte for byte"
+        yield f"  {counted(len(plan.steps), 'module')}, {copied} of them copied byte for byte"
     else:
         yield f"  {click.style(plan.status, fg='red')}: nothing would be written"
     yield from finding_lines(plan.findings)
@@ -149,12 +150,17 @@ def _proof_line(proof: ValidateResult) -> str:
     modules, exact, worst = delta.get("modules", 0), delta.get("exact_modules", 0), delta.get("worst")
     if "delta" in proof.rungs and proof.rungs["delta"].status == "skipped":
         return f"not proved: {proof.rungs['delta'].reason}"
+    every = "the weight change is" if modules == 1 else f"all {modules} weight changes are"
     if not worst:
-        return f"proved: all {modules} weight changes are exactly the source's"
-    if cut := delta.get("truncated_modules"):
+        return f"proved: {every} exactly the source's"
+    cut = delta.get("truncated_modules", 0)
+    if cut == modules:
+        return f"proved: {every} the closest of {'its' if modules == 1 else 'their'} rank"
+    if cut:
         return f"proved: of {modules} weight changes {cut} are the closest of their rank, the others are the source's"
     where = delta["worst_modules"][0]["module"] if delta["worst_modules"] else ""
-    return f"proved: all {modules} weight changes are the source's, {exact} exactly; worst error {worst:.1e} ({where})"
+    exactly = f", {exact} exactly" if modules > 1 else ""
+    return f"proved: {every} the source's{exactly}; worst error {worst:.1e} ({where})"
 
 
 def _cut_lines(result: ConvertResult) -> Iterator[str]:
@@ -179,7 +185,7 @@ def conversion_lines(result: ConvertResult) -> Iterator[str]:
     for output in result.outputs[1:]:
         yield f"{' ' * len(printable(result.file))} → {click.style(printable(output.path), bold=True)}"
     written = size(sum(output.bytes for output in result.outputs))
-    yield f"  {_what(result.plan.detection)}: {len(result.plan.steps)} modules, {written}"
+    yield f"  {_what(result.plan.detection)}: {counted(len(result.plan.steps), 'module')}, {written}"
     for output in result.outputs:
         yield f"  sha256 {output.sha256}"
     proof = _proof_line(result.proof) if result.proof else "not proved (--no-validate)"

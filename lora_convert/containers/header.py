@@ -22,7 +22,7 @@ from lora_convert.containers.dtypes import BITS
 from lora_convert.errors import FileError
 from lora_convert.report import MOST_FINDINGS, Finding, counted, printable, shown
 
-__all__ = ["MAX_HEADER", "MAX_HEADER_LIMIT", "Header", "Span", "TensorInfo", "parse_header"]
+__all__ = ["MAX_HEADER", "MAX_HEADER_LIMIT", "Header", "Span", "TensorInfo", "check_names", "parse_header"]
 
 MAX_HEADER = 12_000_000
 """Bytes of JSON read without being asked to read more. The largest adapters known need 1 MB."""
@@ -36,7 +36,10 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes `start` to `end` (exclusive), counted from the start of the file."""
+    """Bytes `start` to `end` (exclusive), counted from the start of the file.
+
+    Tensors that do not lie in one piece (views in PyTorch's files) stand behind its end, for the source's reader.
+    """
 
     start: int
     end: int
@@ -258,7 +261,8 @@ def _suspicious(name: str) -> str | None:
     return "it is longer than 500 characters" if len(name) > 500 else None
 
 
-def _check_names(names: Sequence[str]) -> list[Finding]:
+def check_names(names: Sequence[str]) -> list[Finding]:
+    """Warnings for names that no trainer writes."""
     return [
         Finding("suspicious-name", "warning", name, f"No trainer writes such a tensor name: {reason}.")
         for name in names
@@ -312,6 +316,6 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
         path,
         placed,
         metadata,
-        findings=(*findings, *_check_names(list(tensors))),
+        findings=(*findings, *check_names(list(tensors))),
         data_start=data_start,
     )

@@ -155,14 +155,38 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
 """First bytes that betray another kind of file."""
 
 
-def _refuse_other_content(first: bytes) -> None:
-    """Raise FileError if the file begins like something that is not safetensors."""
-    if len(first) >= 8 and int.from_bytes(first[:8], "little") <= MAX_HEADER_LIMIT:
-        return  # a possible header length, whatever letters its bytes may be
+_TEXT_PICKLES = (b"(", b"]", b"}", b"c")
+"""How pickles of protocols 0 and 1 begin that build something."""
+
+
+def _may_be_safetensors(first: bytes) -> bool:
+    """Whether a file begins with a possible header length, whatever letters its bytes may be."""
+    return len(first) >= 8 and int.from_bytes(first[:8], "little") <= MAX_HEADER_LIMIT
+
+
+def _refuse_other_content(first: bytes, reader: Reader) -> None:
+    """Raise FileError if the file begins like something that is neither safetensors nor PyTorch's."""
+    if _may_be_safetensors(first):
+        return
+    if reader.size > 512 and reader.read_at(257, 5) == b"ustar":
+        fix = "It is never unpacked here: take the weight file out of it."
+        raise FileError([Finding("not-weights", "error", "", "This is not a weight file but a tar archive.", fix)])
     text = first.lstrip(b"\xef\xbb\xbf \t\r\n")
     for signature, what, fix in _SIGNATURES:
         if text.startswith(signature):
-            raise FileError([Finding("not-weights", "error", "", f"This is not safetensors but {what}.", fix)])
+            raise FileError([Finding("not-weights", "error", "", f"This is not a weight file but {what}.", fix)])
+
+
+def _check_limit(max_header: int) -> None:
+    if not 0 < max_header <= MAX_HEADER_LIMIT:
+        raise UsageError(f"--max-header must be between 1 and {MAX_HEADER_LIMIT:,} bytes")
+
+
+def _first_of(reader: Reader) -> bytes:
+    """The first bytes, by which a container is known. Raises FileError if there are none."""
+    if reader.size == 0:
+        raise FileError([Finding("empty-file", "error", "", "The file is empty (0 bytes).")])
+    return reader.read_at(0, min(reader.size, 64))
 
 
 def read_header(reader: Reader, path: str, max_header: int = MAX_HEADER) -> Header:
@@ -170,12 +194,12 @@ def read_header(reader: Reader, path: str, max_header: int = MAX_HEADER) -> Head
 
     `max_header` bounds the JSON in bytes, at most 100,000,000. Raises FileError for what is not safetensors.
     """
-    if not 0 < max_header <= MAX_HEADER_LIMIT:
-        raise UsageError(f"--max-header must be between 1 and {MAX_HEADER_LIMIT:,} bytes")
-    if reader.size == 0:
-        raise FileError([Finding("empty-file", "error", "", "The file is empty (0 bytes).")])
-    first = reader.read_at(0, min(reader.size, 64))
-    _refuse_other_content(first)
+    _check_limit(max_header)
+    return _read_safetensors(reader, path, max_header, _first_of(reader))
+
+
+def _read_safetensors(reader: Reader, path: str, max_header: int, first: bytes) -> Header:
+    _refuse_other_content(first, reader)
     fix = "The file is damaged or was cut short: fetch it again."
     if len(first) < 8:
         message = f"it has {len(first)} bytes; safetensors begins with 8 bytes of header length."
@@ -220,16 +244,41 @@ def _reader(target: Target) -> tuple[Reader, str, bool]:
     return FileReader(target, owned=False), shown(str(getattr(target, "name", "<file>"))), False
 
 
-def open_source(target: Target, max_header: int = MAX_HEADER) -> Source:
+def read_container(reader: Reader, path: str, max_header: int = MAX_HEADER) -> tuple[Header, Reader]:
+    """The header of a file of any container, and the reader that its spans are of.
+
+    Files of `torch.save` are known by their first bytes, whatever their name; their pickle may have `max_header` bytes.
+    Raises FileError as `read_header` does, and for pickles that ask for more than tensors (`unsafe-pickle`).
+    """
+    _check_limit(max_header)
+    first = _first_of(reader)
+    if not _may_be_safetensors(first):
+        from lora_convert.containers.torch_file import is_torch, read_torch
+
+        if is_torch(first):
+            return read_torch(reader, path, max_header)
+        if first.startswith(_TEXT_PICKLES) and reader.read_at(reader.size - 1, 1) == b".":
+            message = "This looks like a pickle of protocol 0 or 1, which PyTorch never writes; nothing of it was run."
+            raise FileError([Finding("unsafe-pickle", "error", "", message)])
+    return _read_safetensors(reader, path, max_header, first), reader
+
+
+def _read_plain(reader: Reader, path: str, max_header: int) -> tuple[Header, Reader]:
+    return read_header(reader, path, max_header), reader
+
+
+def open_source(target: Target, max_header: int = MAX_HEADER, *, pickles: bool = True) -> Source:
     """Open a weight file and check its header.
 
     `target` is a path, a `hf://owner/repo/file` address, bytes, or an open binary file (left open, its position kept).
-    Raises FileError with findings for a bad file, UsageError for a bad call.
+    Without `pickles` nothing but safetensors is taken. Raises FileError with findings for a bad file, UsageError for a
+    bad call.
     """
     reader, name, remote = _reader(target)
     with contextlib.ExitStack() as stack:
         stack.callback(reader.close)
-        source = Source(read_header(reader, name, max_header), reader, remote=remote)
+        header, placed = (read_container if pickles else _read_plain)(reader, name, max_header)
+        source = Source(header, placed, remote=remote)
         stack.pop_all()
         return source
 

@@ -177,6 +177,9 @@ def baked(file: WeightFile, tensor: str, changes: Changes) -> Array:
     # before the stored values are in memory: making a change takes twice its size
     added = [(place, changes.of(name, part)) for name, part, place in changes.inhabitants.get((file, tensor), ())]
     values = file.source.read(tensor).astype(np.float32)
+    if any(change is not None for _, change in added) and not is_finite(values):
+        message = "the base model's own values are NaN or infinite there."
+        raise FileError([Finding("not-finite", "error", tensor, message, "Give an undamaged base model.")])
     for place, change in added:
         if change is not None:
             target = values if place.rows is None else values[place.rows[0] : place.rows[1]]

@@ -35,7 +35,7 @@ from lora_convert.families import FAMILIES, Family, Module
 from lora_convert.families.fitting import matching_family
 from lora_convert.report import listed, shown
 
-__all__ = ["BaseWeights", "ParameterPlace", "WeightFile", "open_base"]
+__all__ = ["BaseWeights", "ParameterPlace", "WeightFile", "open_base", "opened_file", "refuse_twice"]
 
 Array = NDArray[Any]
 
@@ -143,7 +143,7 @@ def open_base(base: str | Path, family: str | None = None, *, whole: bool = Fals
                 opened_file(stack, path / name, name, name.partition("/")[0])
                 for name in chosen_weights(path, place.name)
             ]
-        _refuse_twice(place.name, files)
+        refuse_twice(place.name, files)
         found, places = _recognised(place.name, files)
         _check_family(place.name, found, family)
         _check_numbers(place.name, places)
@@ -159,12 +159,12 @@ def chosen_weights(model: Path, name: str) -> list[str]:
 def opened_file(stack: contextlib.ExitStack, path: Path, name: str, component: str | None) -> WeightFile:
     """A weight file that the stack closes. Raises FileError, with the file's name as the subject."""
     try:
-        return WeightFile(name, component, stack.enter_context(open_source(path, MAX_HEADER_LIMIT)))
+        return WeightFile(name, component, stack.enter_context(open_source(path, MAX_HEADER_LIMIT, pickles=False)))
     except FileError as error:
         raise FileError([replace(finding, subject=name) for finding in error.findings]) from None
 
 
-def _refuse_twice(name: str, files: Sequence[WeightFile]) -> None:
+def refuse_twice(name: str, files: Sequence[WeightFile]) -> None:
     """Raise UsageError for a component that is there whole and in parts: one of them would be read, unasked."""
     seen: dict[tuple[str | None, str], str] = {}
     for file in files:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lora_convert.converters.adapters import Adapter, Base, Dora, Lora
 from lora_convert.converters.folding import rescaled
-from lora_convert.converters.spectra import relative_difference
+from lora_convert.converters.spectra import ChangeError, relative_difference
 from lora_convert.converters.values import peak
 from lora_convert.errors import BaseNeeded, Unrepresentable
 
@@ -128,25 +128,22 @@ def change_norm(adapter: Adapter, base: Base | None = None) -> float | None:
     return abs(wide.scale) * _product_norm(wide.up, wide.down)
 
 
-def change_error(theirs: Adapter, ours: Adapter, base: Base | None = None) -> float:
-    """The relative error of what `ours` changes, measured against `theirs`: the largest of those of ΔW, of Δb, and of
-    DoRA's magnitudes (infinite where only one has something).
+def change_error(theirs: Adapter, ours: Adapter, base: Base | None = None) -> ChangeError:
+    """The relative error of what `ours` changes, measured against `theirs` (infinite where only one has something).
 
     DoRA per output is compared by its parts, so that the error holds for every base model. Raises BaseNeeded where
     only the base model's weights could tell.
     """
     if _same(theirs, ours):
-        return 0.0
-    errors = []
-    if isinstance(ours, Dora):
-        expected = theirs.magnitude if isinstance(theirs, Dora) else _norms(ours.inner, base)
-        errors.append(_vector_error(expected, ours.magnitude))
-        theirs = theirs.inner if isinstance(theirs, Dora) else theirs
-        ours = ours.inner
-    return max(*errors, *_parts(theirs, ours, base), 0.0)
+        return ChangeError(0.0)
+    if not isinstance(ours, Dora):
+        return _parts(theirs, ours, base)
+    expected = theirs.magnitude if isinstance(theirs, Dora) else _norms(ours.inner, base)
+    inner = _parts(theirs.inner if isinstance(theirs, Dora) else theirs, ours.inner, base)
+    return ChangeError(inner.weight, max(inner.beside, _vector_error(expected, ours.magnitude)))
 
 
-def _parts(theirs: Adapter, ours: Adapter, base: Base | None) -> tuple[float, ...]:
+def _parts(theirs: Adapter, ours: Adapter, base: Base | None) -> ChangeError:
     """The errors of ΔW and of Δb."""
     try:
         product = ours.to_lora()
@@ -157,13 +154,13 @@ def _parts(theirs: Adapter, ours: Adapter, base: Base | None) -> tuple[float, ..
     except BaseNeeded:
         raise
     except Unrepresentable:
-        return (relative_difference(theirs, product, base),)
-    return relative_error(exact, product), _vector_error(exact.bias, product.bias)
+        return relative_difference(theirs, product, base)
+    return ChangeError(relative_error(exact, product), _vector_error(exact.bias, product.bias))
 
 
-def _dense_errors(theirs: Adapter, ours: Adapter, base: Base | None) -> tuple[float, ...]:
+def _dense_errors(theirs: Adapter, ours: Adapter, base: Base | None) -> ChangeError:
     first, second = theirs.deltas(base), ours.deltas(base)
-    return tuple(_vector_error(first.get(name), second.get(name)) for name in first.keys() | second.keys())
+    return ChangeError(*(_vector_error(first.get(name), second.get(name)) for name in ("weight", "bias")))
 
 
 def _vector_error(theirs: Array | None, ours: Array | None) -> float:

@@ -177,8 +177,7 @@ def plan(
             planned = _planned(source, asked)
             if planned.ok and out is not None:
                 planned = _placed(planned, Path(out))
-                for path in planned.paths:
-                    refuse_overwrite([target, *beside], path, force)
+                _check_places(planned, [target, *beside], force)
     except FileError as error:
         broken = Detection(name_of(target), "unknown", findings=error.findings)
         planned = Plan(name_of(target), "failed", broken, findings=error.findings)
@@ -208,6 +207,23 @@ def output_files(out: str | os.PathLike[str]) -> tuple[Path, ...]:
     found = tuple(file for file in (canonical, Path(dora_path(str(canonical)))) if file.is_file())
     folders = sorted({config.parent for config in (*path.glob(CONFIG_NAME), *path.glob(f"*/{CONFIG_NAME}"))})
     return found or tuple(folder / WEIGHTS_NAME for folder in folders)
+
+
+def _check_places(planned: Plan, inputs: Sequence[Target], force: bool) -> None:
+    """Raise UsageError for outputs that would replace what they must not, or be read together with a stranger."""
+    for path in planned.paths:
+        refuse_overwrite(inputs, path, force)
+    first = planned.paths[0]
+    beside: Sequence[Path] = ()
+    if planned.layout == "peft" and first.parent.parent.is_dir():
+        beside = output_files(first.parent.parent)
+    elif first.name == CANONICAL_NAME:
+        beside = [path for path in (Path(dora_path(str(first))),) if path.is_file()]
+    if others := [str(path) for path in beside if path not in planned.paths]:
+        raise UsageError(
+            f"{shown(others[0])} is of another conversion, and readers of the folder would take it for a part of this "
+            "one; remove it, or name another folder"
+        )
 
 
 def refuse_overwrite(inputs: Sequence[Target], path: Path, force: bool) -> None:
@@ -252,8 +268,7 @@ def convert(
                 _check_base(planned, weights)
                 planned = _resolved(planned, source, weights, progress)
                 planned = _placed(planned, Path(out))
-                for path in planned.paths:
-                    refuse_overwrite([target, *beside], path, force)
+                _check_places(planned, [target, *beside], force)
                 result = _write(source, planned, weights, validated, progress)
             else:
                 status: Literal["refused", "failed"] = "refused" if planned.status == "refused" else "failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from lora_convert.converters.native import native_tensors
 from lora_convert.converters.plan import OutputTensor, Plan, Step
 from lora_convert.converters.spectra import spectrum
 from lora_convert.converters.targets import by_target
-from lora_convert.converters.values import count_zeros, is_finite, is_zero
+from lora_convert.converters.values import count_zeros, is_finite, is_zero, peak
 from lora_convert.converters.writer import header_bytes, offsets
 from lora_convert.errors import Unrepresentable
 from lora_convert.families import Module
@@ -76,7 +77,7 @@ class Execution:
             worst = max(self.rounding, key=self.rounding.__getitem__)
             modules = counted(len(self.rounding), "module")
             message = f"The matrices of {modules} were rounded, by at most {self.rounding[worst]:.1e} (estimated): "
-            message += "the scale was folded into them." if self.folded else "their dtype became narrower."
+            message += "the scale was folded into them." if self.folded else "to their dtype, once."
             fix = "--alpha header keeps matrices as they are (read by diffusers 0.34 and later)." if self.folded else ""
             findings.append(Finding("alpha-rounded", "note", worst, message, fix))
         if self.underflows:
@@ -96,7 +97,7 @@ class Execution:
             return _refused_truncations(too_much, allowed)
         worst = lossy[0]
         message = (
-            f"{counted(len(lossy), 'module')} were truncated. This one lost most: at rank {worst.rank} it keeps "
+            f"Truncated: {counted(len(lossy), 'module')}. This one lost most: at rank {worst.rank} it keeps "
             f"{worst.kept:.1%} of ‖ΔW‖², a relative error of {worst.error:.2e}; over the whole file it is "
             f"{self.file_error():.2e}."
         )
@@ -113,12 +114,12 @@ def _refused_truncations(lossy: Sequence[Truncation], allowed: float) -> list[Fi
     worst = lossy[0]
     modules = counted(len(lossy), "module")
     message = (
-        f"{modules} would lose more than {allowed:.0%} of their ΔW. This one loses most: rank {worst.rank} leaves "
+        f"{modules} would lose more than {allowed * 100:.3g} % of ΔW. This one loses most: rank {worst.rank} leaves "
         f"{worst.kept:.1%} of ‖ΔW‖², a relative error of {worst.error:.0%}."
     )
     fix = (
         "A higher --rank keeps more; --max-error E takes the rank that E needs, and together with --rank accepts what "
-        "is lost; lora-convert merge loses nothing, nor does --to peft."
+        "is lost; lora-convert merge loses nothing, nor does --to peft where peft has a form for the kind."
     )
     return [Finding("rank-truncated", "error", worst.module, message, fix)]
 
@@ -143,6 +144,8 @@ def _product(step: Step, name: str, adapter: Adapter, base: Base | None, noticed
         return adapter.to_lora(base)
     found = spectrum(adapter, base)
     norm = float(np.linalg.norm(found.values))
+    if not math.isfinite(norm):
+        raise Unrepresentable("its values are too large for a norm")
     noticed.truncations.append(Truncation(name, step.rank, found.error(step.rank), norm))
     return found.lora(step.rank)
 
@@ -200,7 +203,12 @@ def _written(
     """The tensors of targets whose rows one adapter changes."""
     magnitude = adapter.magnitude if isinstance(adapter, Dora) and adapter.axis == "out" else None
     inner = adapter.inner if isinstance(adapter, Dora) and magnitude is not None else adapter
-    factors = _of_rank(_product(step, targets[0].name, inner, base, noticed), step.rank)
+    with np.errstate(over="ignore", invalid="ignore"):  # what that leads to is said below
+        factors = _of_rank(_product(step, targets[0].name, inner, base, noticed), step.rank)
+    if not (_fits_f32(factors.down) and _fits_f32(factors.up)):
+        message = "The values of its factors do not fit F32."
+        noticed.findings.append(Finding("overflow", "error", step.name, message, "No wider dtype is written."))
+        return
     if magnitude is None and factors.bias is None and _changes_nothing(factors):
         noticed.idle.append(step.name)
     split = _split(step, factors, groups[0])
@@ -208,6 +216,10 @@ def _written(
         noticed.rounding[step.name] = split.error
         noticed.folded |= step.fold not in (None, 1.0)
     yield from _Written(step, factors, split, magnitude, base).tensors(targets, groups, noticed)
+
+
+def _fits_f32(values: Array) -> bool:
+    return values.dtype.itemsize <= 2 or peak(values) <= float(np.finfo(np.float32).max)
 
 
 def _changes_nothing(factors: Lora) -> bool:
@@ -297,12 +309,12 @@ def ranks_for(
     for step in plan.steps:
         if step.truncated:
             tensors = read_matrices(source, step.source)
-            if _all_finite(step, tensors, Execution()):  # what is not finite is said when the step runs
-                adapter = adapter_of(tensors, step.source)
+            if _all_finite(step, tensors, Execution()):  # what is wrong is said when the step runs
                 base = weights.of(step.source.modules) if weights is not None and step.needs_base else None
-                parts = by_target(adapter, step.source, base)
                 allowed = _before_rounding(plan.options.max_error, step.outputs[0])
-                ranks[step.name] = max(_rank_for(part, rows, allowed) for _, part, rows in parts)
+                with contextlib.suppress(Unrepresentable), np.errstate(over="ignore", invalid="ignore"):
+                    parts = by_target(adapter_of(tensors, step.source), step.source, base)
+                    ranks[step.name] = max(_rank_for(part, rows, allowed) for _, part, rows in parts)
         if progress:
             progress(1)
     return ranks

@@ -12,10 +12,11 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from lora_convert.containers import Source
-from lora_convert.converters.adapters import ALGORITHMS, Adapter, Base, Dora, read_adapter, read_matrices
+from lora_convert.converters.adapters import ALGORITHMS, Adapter, Base, Dora, form_of, read_adapter, read_matrices
 from lora_convert.converters.base import BaseWeights
 from lora_convert.converters.comparing import change_error, change_norm, relative_error
 from lora_convert.converters.metadata import is_truncated
+from lora_convert.converters.refusals import LOSES_TOO_MUCH
 from lora_convert.converters.spectra import spectrum
 from lora_convert.converters.targets import by_target
 from lora_convert.converters.values import count_zeros, is_finite, is_zero
@@ -73,7 +74,7 @@ class _Place:
 
     @property
     def changes_nothing(self) -> bool:
-        return self.module.rank == 0
+        return form_of(self.module, self.source.header).changes_nothing
 
     def adapter(self, weights: BaseWeights | None) -> Adapter:
         """The target's own adapter. The base model's weights are for one that does not split by rows."""
@@ -116,7 +117,7 @@ def module_figures(
         error = None
         if name in theirs:
             try:
-                error = change_error(theirs[name].adapter(weights), ours, base)
+                error = change_error(theirs[name].adapter(weights), ours, base).worst
             except BaseNeeded:
                 error = None
         yield name, place.module, change_norm(ours, base), error
@@ -218,11 +219,11 @@ def _judged(theirs: _Place, ours: _Place, weights: BaseWeights | None) -> _Verdi
     base = weights.of((ours.target,)) if weights is not None and _asks_base(theirs, ours) else None
     source, output = theirs.adapter(weights), ours.adapter(weights)
     error, limit = change_error(source, output, base), _tolerance(theirs, ours)
-    if error <= limit or not is_truncated(ours.source.header.metadata):
-        return _Verdict(error, limit)
+    if not error.weight > limit >= error.beside or not is_truncated(ours.source.header.metadata):
+        return _Verdict(error.worst, limit)
     best = _best_error(source, output, base)
     # what rounding adds is orthogonal to what was cut, but for chance
-    return _Verdict(error, math.hypot(best, limit) * (1 + 1e-3), best)
+    return _Verdict(error.weight, math.hypot(best, limit) * (1 + 1e-3), best)
 
 
 def _asks_base(theirs: _Place, ours: _Place) -> bool:
@@ -276,6 +277,7 @@ def check_deltas(
     findings += [_mismatch(name, found) for name, found in verdicts.items() if not found.error <= found.allowed]
     figures = _figures(verdicts)
     failed = bool(findings)
+    findings = findings or _cut(verdicts)
     return Rung("fail" if failed else "pass", figures=figures, findings=tuple(findings[:MOST_FINDINGS]))
 
 
@@ -306,6 +308,17 @@ def _mismatch(name: str, found: _Verdict) -> Finding:
         return Finding("delta-mismatch", "error", name, message)
     fix = "A wider dtype (--dtype fp32) or --alpha header keeps more."
     return Finding("delta-mismatch", "error", name, f"{message}allowed.", fix)
+
+
+def _cut(verdicts: Mapping[str, _Verdict]) -> list[Finding]:
+    """What is lost in modules that are only the best of their rank."""
+    errors = {name: found.error for name, found in verdicts.items() if found.best is not None}
+    if not errors:
+        return []
+    worst = max(errors, key=errors.__getitem__)
+    message = f"Truncated: {counted(len(errors), 'module')}; this one lost most, a relative error of "
+    severity: Literal["note", "warning"] = "warning" if errors[worst] > LOSES_TOO_MUCH else "note"
+    return [Finding("rank-truncated", severity, worst, f"{message}{errors[worst]:.2e}.")]
 
 
 def _figures(verdicts: Mapping[str, _Verdict]) -> dict[str, Any]:

@@ -8,20 +8,22 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_convert._version import __version__
 from lora_convert.containers import MAX_HEADER, Source, Target, name_of, opened
-from lora_convert.containers.header import MAX_HEADER_LIMIT
 from lora_convert.converters.adapters import form_of
 from lora_convert.converters.baking import Changes, Ingredient, changed_parameters
-from lora_convert.converters.base import BaseWeights, open_base
+from lora_convert.converters.base import BaseWeights, open_base, opened_file
 from lora_convert.converters.convert import OutputRecord, Progress, local_path
+from lora_convert.converters.layout import CANONICAL_NAME
 from lora_convert.converters.merge_files import MergePlan, plan_checkpoint, plan_folder, write_merged
 from lora_convert.converters.merge_proof import Rounding, check_merged
 from lora_convert.converters.metadata import PROVENANCE
-from lora_convert.converters.plan import DTYPES
+from lora_convert.converters.models import PICKLES
+from lora_convert.converters.plan import DTYPES, dora_path
 from lora_convert.converters.writer import atomic_folder, flush_folder, scratch_folder
 from lora_convert.errors import FileError, Unrepresentable, UsageError, raise_errors
 from lora_convert.families import FAMILIES
@@ -153,7 +155,7 @@ def _targets(files: Target | Sequence[Target]) -> tuple[Target, ...]:
 
 
 def _scales(scales: float | Sequence[float], number: int) -> tuple[float, ...]:
-    given = (float(scales),) if isinstance(scales, int | float) else tuple(map(float, scales)) or (1.0,)
+    given = (float(scales),) if isinstance(scales, Real) else tuple(map(float, scales)) or (1.0,)  # type: ignore[arg-type]
     if not all(map(math.isfinite, given)):
         raise UsageError("--scale must be a finite number")
     if len(given) not in (1, number):
@@ -169,11 +171,16 @@ def _check_out(call: _Call, base: BaseWeights) -> None:
         raise UsageError(f"{said}: --single-file writes another one; for a folder give a Diffusers folder as base")
     if not call.single_file and call.out.suffix == ".safetensors":
         raise UsageError(f"the merged model is a folder, and {shown(str(call.out))} a file; or ask for --single-file")
+    if call.single_file and call.out.suffix in PICKLES:
+        raise UsageError(f"a checkpoint is written as .safetensors, and not as {shown(call.out.suffix)}")
     out, model = _output_path(call, base).resolve(), base.path.resolve()
     if out == model or model in out.parents or out in model.parents:
         raise UsageError(f"the output {shown(str(out))} is in the place of the base model; name another with -o")
     for target in call.targets:
-        place = Path(name_of(target)).resolve()
+        try:
+            place = Path(name_of(target)).resolve()
+        except (OSError, RuntimeError, ValueError):  # opening it will say what is wrong with it
+            continue
         if place.exists() and (out == place or out in place.parents):
             raise UsageError(f"the output {shown(str(out))} is in the place of an input; name another with -o")
     _check_free(out, call)
@@ -181,16 +188,20 @@ def _check_out(call: _Call, base: BaseWeights) -> None:
 
 def _check_free(out: Path, call: _Call) -> None:
     """Raise UsageError for an output that exists and is not to be replaced, or is nothing that a merge makes."""
-    if not os.path.lexists(out) or (not call.single_file and out.is_dir() and not any(out.iterdir())):
+    if not os.path.lexists(out):
         return
+    said = f"the output {shown(str(out))}"
     if call.single_file and out.is_dir():
-        raise UsageError(f"the output {shown(str(out))} is a folder")
-    if not call.force:
-        raise UsageError(f"the output {shown(str(out))} exists; --force replaces it")
-    if not call.single_file and not (out / "model_index.json").is_file():
-        raise UsageError(
-            f"the output {shown(str(out))} is no Diffusers model, and is not replaced; name another with -o"
-        )
+        raise UsageError(f"{said} is a folder")
+    if call.single_file or not out.is_dir() or any(out.iterdir()):  # an empty folder is as good as none
+        if not call.force:
+            raise UsageError(f"{said} exists; --force replaces it")
+        if not call.single_file and not (out / "model_index.json").is_file():
+            raise UsageError(f"{said} is no Diffusers model, and is not replaced; name another with -o")
+    here = Path.cwd()
+    for is_so, what in ((os.path.ismount(out), "a mount point"), (out in (here, *here.parents), "the current folder")):
+        if is_so:
+            raise UsageError(f"{said} is {what}, which cannot be replaced as a whole; name a folder inside it with -o")
 
 
 def _output_path(call: _Call, base: BaseWeights) -> Path:
@@ -216,7 +227,7 @@ def _merged(result: MergeResult, call: _Call, base: BaseWeights, stack: contextl
             ingredients.append(ingredient)
         findings += [_of_file(finding, name, call) for finding in said]
     _check_skip(call)
-    findings += _averaged(base)
+    findings += [*_other_halves(result.files), *_averaged(base)]
     result = replace(result, findings=tuple(findings))
     if severest(findings) == "error":
         refused = all(found.name in _REFUSALS for found in findings if found.severity == "error")
@@ -311,6 +322,16 @@ def _has(base: BaseWeights, name: str, parameter: str, shape: tuple[int, ...]) -
     return rows * math.prod(stored[1:]) == math.prod(shape if parameter == "weight" else shape[:1])
 
 
+def _other_halves(files: Sequence[str]) -> Iterator[Finding]:
+    """Findings that a file was given of which the folder has the other half."""
+    paths = [Path(file) for file in files]
+    for path in paths:
+        beside = Path(dora_path(str(path)))
+        if path.name == CANONICAL_NAME and beside not in paths and beside.is_file():
+            message = f"{shown(beside.name)} lies beside it, with the modules that have magnitudes."
+            yield Finding("half-applied", "warning", str(path), message, "Merge both files.")
+
+
 def _averaged(base: BaseWeights) -> list[Finding]:
     """A note where a checkpoint has a second set of weights, which only some readers ask for."""
     ema = sum(name.startswith("model_ema.") for file in base.files for name in file.source.header.tensors)
@@ -335,15 +356,16 @@ class _AbandonedError(Exception):
 
 @contextlib.contextmanager
 def _place(call: _Call, out: Path) -> Iterator[Path]:
-    """A folder to build in; what it holds takes the output's place when the block ends well."""
+    """A folder to build in; what it holds takes the output's place when the block ends well. Links are followed."""
+    place = out.resolve()
     if not call.single_file:
-        with atomic_folder(out) as folder:
+        with atomic_folder(place) as folder:
             yield folder
         return
-    with scratch_folder(out) as folder:
+    with scratch_folder(place) as folder:
         yield folder
-        (folder / out.name).replace(out)
-        flush_folder(out.parent)
+        (folder / out.name).replace(place)
+        flush_folder(place.parent)
 
 
 def _put_in_place(
@@ -375,7 +397,7 @@ def _put_in_place(
             if severest(findings) == "error":
                 raise _AbandonedError
             sizes = [(folder / record.name).stat().st_size for record in records]
-            tensors = sum(_tensors(folder / record.name) for record in records)
+            tensors = sum(_tensors(folder, record.name) for record in records)
     except _AbandonedError:
         return replace(result, status="failed", findings=tuple(findings))
     except FileError as error:
@@ -396,12 +418,12 @@ def _put_in_place(
     )
 
 
-def _tensors(path: Path) -> int:
-    """Number of tensors in a file; none in one that has no weights."""
-    if path.suffix != ".safetensors":
+def _tensors(folder: Path, name: str) -> int:
+    """Number of tensors in a file; none in one that has no weights. Raises FileError for a damaged one."""
+    if not name.endswith(".safetensors"):
         return 0
-    with opened(path, MAX_HEADER_LIMIT) as source:
-        return len(source.header.tensors)
+    with contextlib.ExitStack() as stack:
+        return len(opened_file(stack, folder / name, name, None).source.header.tensors)
 
 
 def _advance(progress: Progress | None, what: str, total: int) -> Any:
@@ -423,7 +445,7 @@ def _rounding_findings(rounding: Rounding, plan: MergePlan) -> list[Finding]:
         return []
     dtypes = sorted({one.tensor.dtype for file in plan.files for one in file.written if one.tensor.dtype != "I64"})
     message = (
-        f"Rounding the merged weights ({listed(dtypes)}) took up to {rounding.worst:.1%} from a module's change, "
+        f"Rounding the merged weights ({listed(dtypes)}) took up to {rounding.worst:.2%} from a module's change, "
         f"{rounding.whole:.2%} from all together."
     )
     fix = "" if plan.dtype == "F32" else "--dtype fp32 keeps it."

@@ -16,7 +16,7 @@ from lora_convert.containers.dtypes import BITS, WEIGHTS
 from lora_convert.containers.header import MAX_HEADER_LIMIT
 from lora_convert.containers.source import FileReader, chunks_of, open_path
 from lora_convert.converters.baking import Changes, Written, content
-from lora_convert.converters.base import PARAMETERS, BaseWeights, WeightFile, opened_file
+from lora_convert.converters.base import PARAMETERS, BaseWeights, WeightFile, opened_file, refuse_twice
 from lora_convert.converters.checkpoint import PREFIXES, VAE_PREFIX, WRITTEN, original_names, vae_name
 from lora_convert.converters.metadata import PROVENANCE, STALE
 from lora_convert.converters.models import (
@@ -24,6 +24,7 @@ from lora_convert.converters.models import (
     files_in,
     model_files,
     read_index,
+    read_object,
     weights_of,
     without_variant,
 )
@@ -103,7 +104,8 @@ def plan_folder(base: BaseWeights, changes: Changes, dtype: str | None, provenan
     Raises UsageError for a component whose weights are in no safetensors file.
     """
     index = read_index(base.path, base.name)
-    every = sorted(path.relative_to(base.path).as_posix() for path in base.path.rglob("*") if path.is_file())
+    found = (*base.path.glob("*"), *base.path.glob("*/**/*"))  # of components that are links too, unlike `rglob`
+    every = sorted(path.relative_to(base.path).as_posix() for path in found if path.is_file())
     names = model_files(every, index, base.name)
     files = []
     for file in base.files:
@@ -177,6 +179,7 @@ def _vae_tensors(stack: contextlib.ExitStack, base: BaseWeights) -> Iterator[Wri
             f"{shown(base.name)} has no VAE in safetensors, which a checkpoint has; leave out --single-file"
         )
     files = [opened_file(stack, base.path / name, name, "vae") for name in names]
+    refuse_twice(base.name, files)
     tensors = [(file, tensor) for file in files for tensor in file.source.header.tensors]
     blocks = {tensor.split(".")[2] for _, tensor in tensors if tensor.startswith("decoder.up_blocks.")}
     for file, tensor in tensors:
@@ -206,7 +209,7 @@ def write_merged(plan: MergePlan, changes: Changes, folder: Path, advance: Advan
     records += _write_texts(_indices(folder), folder)
     if plan.dtype:
         components = {output.name.partition("/")[0] for output in plan.files if "/" in output.name}
-        again = _write_texts(_retyped_configs(folder, components, plan.dtype), folder)
+        again = _write_texts(_retyped_configs(folder, components, plan.dtype, changes.base.name), folder)
         renewed = {record.name for record in again}
         records = [record for record in records if record.name not in renewed] + again
     return sorted(records, key=lambda record: record.name)
@@ -266,11 +269,11 @@ def _indices(folder: Path) -> Iterator[tuple[str, str]]:
 _NAMES_OF_DTYPES: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
-def _retyped_configs(folder: Path, components: set[str], dtype: str) -> Iterator[tuple[str, str]]:
+def _retyped_configs(folder: Path, components: set[str], dtype: str, model: str) -> Iterator[tuple[str, str]]:
     """Configurations that state the dtype of their weights (transformers'), stating the new one."""
     for component in sorted(components):
-        path = folder / component / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        name = f"{component}/config.json"
+        config = read_object(folder, name, model) if (folder / name).is_file() else {}
         stated = {key: _NAMES_OF_DTYPES[dtype] for key in ("dtype", "torch_dtype") if key in config}
         if stated:
-            yield f"{component}/config.json", json.dumps(config | stated, indent=2, ensure_ascii=False) + "\n"
+            yield name, json.dumps(config | stated, indent=2, ensure_ascii=False) + "\n"

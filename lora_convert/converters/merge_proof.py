@@ -8,8 +8,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_convert.containers import Source, open_source
 from lora_convert.containers.header import MAX_HEADER_LIMIT
@@ -24,6 +26,7 @@ from lora_convert.report import Finding
 __all__ = ["Rounding", "check_merged"]
 
 Advance = Callable[[int], None]
+Array = NDArray[Any]
 
 
 @dataclass
@@ -127,9 +130,16 @@ def _check_changes(changes: Changes, merged: BaseWeights, found: Rounding) -> No
         difference -= wanted
         place = merged.places[name, parameter]
         unit, least = _ROUNDOFF[place.file.source.header.tensors[place.tensor].dtype]
-        error = float(np.linalg.norm(difference))
-        allowed = 1.01 * unit * float(np.linalg.norm(after)) + 2.0**-23 * float(np.linalg.norm(before))
+        error = _norm(difference)
+        allowed = 1.01 * unit * _norm(after) + 2.0**-23 * _norm(before)
         if not error <= allowed + least * math.sqrt(before.size):
             message = f"the stored change is off by {error:.3g}, and rounding explains {allowed:.3g}."
             found.findings.append(_mismatch(f"{name}.{parameter}", message))
-        found.add(f"{name}.{parameter}", error, float(np.linalg.norm(wanted)))
+        found.add(f"{name}.{parameter}", error, _norm(wanted))
+
+
+def _norm(values: Array) -> float:
+    """‖values‖, also where squares do not fit the dtype: a bound of infinity would allow anything."""
+    with np.errstate(over="ignore"):
+        norm = float(np.linalg.norm(values))
+    return norm if math.isfinite(norm) else float(np.linalg.norm(values.astype(np.longdouble)))

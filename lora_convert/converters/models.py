@@ -6,6 +6,7 @@ Only safetensors files are read, and no code that lies beside them is run, whoev
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "located",
     "model_files",
     "read_index",
+    "read_object",
     "reason",
     "unreadable",
     "weight_files",
@@ -117,16 +119,20 @@ def reason(error: BaseException) -> str:
 
 def read_index(model: Path, name: str) -> Mapping[str, Any]:
     """The components of a Diffusers folder: name -> [library, class]."""
+    if not os.path.lexists(model / INDEX):
+        raise UsageError(f"{shown(name)} has no {INDEX}, so it is no Diffusers model; {KINDS_OF_BASES}")
+    return read_object(model, INDEX, name)
+
+
+def read_object(model: Path, file: str, name: str) -> dict[str, Any]:
+    """The content of a JSON file of a Diffusers folder. Raises FileError if it is no object."""
     try:
-        index = json.loads((model / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        said = f"{shown(name)} has no model_index.json, so it is no Diffusers model; {KINDS_OF_BASES}"
-        raise UsageError(said) from None
-    except (OSError, ValueError) as error:
-        raise unreadable(name, f"Its model_index.json cannot be read: {reason(error)}.") from None
-    if not isinstance(index, dict):
-        raise unreadable(name, "Its model_index.json is no JSON object.")
-    return index
+        content = json.loads((model / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(name, f"Its {file} cannot be read: {reason(error)}.") from None
+    if not isinstance(content, dict):
+        raise unreadable(name, f"Its {file} is no JSON object.")
+    return content
 
 
 def files_in(model: Path) -> list[str]:
@@ -190,7 +196,7 @@ def _without_weights(component: str, files: Sequence[str], name: str) -> str:
 
 def adaptable_weights(files: Sequence[str], index: Mapping[str, Any], name: str) -> list[str]:
     """The weight files of the UNet and the text encoders; raises as `weight_files` does."""
-    if "unet" not in index:
+    if "unet" not in _named(index):
         raise UsageError(f"{shown(name)} is a {shown(str(index.get('_class_name')))}; {KNOWN_FAMILIES}")
     _, chosen = weight_files(files, {part: index[part] for part in _ADAPTABLE if part in index}, name)
     return chosen

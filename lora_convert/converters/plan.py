@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -21,10 +20,11 @@ from lora_convert.converters.native import (
     tensor_name,
 )
 from lora_convert.converters.refusals import LOSES_TOO_MUCH, not_native, refusals
+from lora_convert.converters.remarks import change_findings, comfyui_findings, kohya_findings, two_files_findings
 from lora_convert.errors import Unrepresentable, UsageError
-from lora_convert.families import FAMILIES, Family, Module
+from lora_convert.families import FAMILIES, Module
 from lora_convert.inspect.detection import AdaptedModule, Detection
-from lora_convert.report import SCHEMA, Finding, counted, listed, severest
+from lora_convert.report import SCHEMA, Finding, severest
 
 __all__ = ["TARGETS", "AlphaMode", "Options", "OutputFile", "OutputTensor", "Plan", "Step", "magnitude_of", "make_plan"]
 
@@ -255,11 +255,13 @@ def _matrices_dtype(module: AdaptedModule, header: Header, wanted: str | None) -
 
 
 def _alpha_dtype(alpha: float, dtype: str) -> str:
-    """The matrices' dtype where it holds the alpha exactly, as Kohya saves it; else F32."""
+    """The matrices' dtype where it holds the alpha exactly, as Kohya saves it; else F32, or what alone can hold it."""
     import numpy as np
 
     with np.errstate(over="ignore"):
-        return dtype if float(numpy_dtype(dtype).type(alpha)) == alpha else "F32"
+        if float(numpy_dtype(dtype).type(alpha)) == alpha:
+            return dtype
+        return "F32" if np.isfinite(np.float32(alpha)) else "F64"
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +279,7 @@ class _Draft:
     @property
     def plain(self) -> bool:
         """Whether the stored factors themselves are written, but for scale and dtype."""
-        return "down" in self.source.tensors and self.source.algorithm in _STORED and not self.truncated
+        return self.source.algorithm in _STORED and self.rank == self.form.rank and not self.truncated
 
 
 _STORED = ("lora", "lora+dora")
@@ -296,9 +298,9 @@ def _full_rank(module: AdaptedModule) -> int:
 def _draft(module: AdaptedModule, form: Form, options: Options, rank: int | None) -> _Draft:
     """`rank` is what the values decided, where they did."""
     bound = _full_rank(module) if form.rank is None else form.rank
-    if not form.weight:
-        bound = 1  # a bias alone still needs factors to stand beside: a rank of zeros
-    asked = min(bound, rank or options.rank or bound) if form.weight else bound
+    if not bound and not form.changes_nothing:
+        bound = 1  # a bias or a magnitude alone still needs factors to stand beside: a rank of zeros
+    asked = min(bound, rank or options.rank or bound)
     truncated = options.truncates and form.weight and (form.rank is None or (asked < form.rank or _open(options)))
     if rank is not None and form.rank is not None and rank >= form.rank:
         truncated = False
@@ -324,10 +326,11 @@ def _arranged(drafts: Sequence[_Draft], layout: Layout, has_base: bool) -> list[
 
     diffusers leaves the magnitude of a module without one on the meta device when others of its component have one,
     and the same with biases. With the base model such a module gets ‖W+ΔW‖, which changes nothing; without it DoRA
-    goes into a file of its own. A bias of zero is right for every module.
+    goes into a file of its own, and also where there are biases, which peft does not load beside magnitudes. A bias of
+    zero is right for every module.
     """
     partial = _partial(drafts) if layout.separates else set()
-    if partial and has_base:
+    if partial and has_base and not any(d.form.bias and d.source.modules[0].component in partial for d in drafts):
         drafts = [replace(d, magnitude=d.magnitude or d.source.modules[0].component in partial) for d in drafts]
     elif partial:
         drafts = [replace(draft, file=int(draft.magnitude)) for draft in drafts]
@@ -414,86 +417,6 @@ def _file_order(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
     return tuple(sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.dtype, tensor.name)))
 
 
-def _change_findings(steps: Sequence[Step], header: Header, options: Options) -> list[Finding]:
-    """Findings on what the conversion changes besides names."""
-    findings = []
-    changed: Counter[tuple[str, str]] = Counter()
-    for step in steps:
-        for tensor in (tensor for group in step.outputs for tensor in group):
-            if step.retyped and tensor.role in step.source.tensors and tensor.role != "alpha":
-                changed[header.tensors[step.source.tensors[tensor.role]].dtype, tensor.dtype] += 1
-    for (before, after), number in sorted(changed.items()):
-        if before != after:
-            why = "as asked" if options.dtype else f"because Diffusers has no use for {before}"
-            findings.append(
-                Finding("dtype-changed", "note", "", f"{number} matrices go from {before} to {after}, {why}.")
-            )
-    tucker = sum("mid" in step.source.tensors for step in steps)
-    if tucker:
-        message = f"The Tucker cores of {tucker} convolutions are multiplied into their down matrices."
-        findings.append(Finding("folded", "note", "", message))
-    factored = Counter(
-        step.source.algorithm for step in steps if step.fold is None and not step.truncated and not step.native
-    )
-    if factored:
-        kinds = ", ".join(f"{number} {name}" for name, number in factored.most_common())
-        message = f"The factors of {counted(sum(factored.values()), 'module')} ({kinds}) become those of a LoRA."
-        findings.append(Finding("folded", "note", "", message))
-    empty = [step.source for step in steps if not step.outputs]
-    for module in empty[:20]:
-        message = f"{module.modules[0].name} has rank 0: it changes nothing and is left out."
-        findings.append(Finding("no-effect", "warning", module.tensors.get("up", module.modules[0].name), message))
-    return findings
-
-
-def _comfyui_finding(steps: Sequence[Step]) -> list[Finding]:
-    if any(module.component == "unet" and ".attn" in module.path for step in steps for module in step.source.modules):
-        message = "ComfyUI skips the UNet's attention in the Diffusers layout without a word."
-        fix = "For ComfyUI and A1111 write the file with --to kohya."
-        return [Finding("not-for-comfyui", "note", "", message, fix)]
-    return []
-
-
-def _kohya_findings(steps: Sequence[Step], family: Family) -> list[Finding]:
-    findings = []
-    unknown = [
-        module.name
-        for step in steps
-        for module in step.source.modules
-        if module.path == "text_projection" or (family.name == "sdxl-refiner" and module.component != "unet")
-    ]
-    if unknown:
-        message = (
-            f"A1111 and Forge have no name for {listed(unknown, 3)} and skip what they do not know; ComfyUI reads it."
-        )
-        findings.append(Finding("not-for-a1111", "note", unknown[0], message))
-    decomposed = [step.name for step in steps if any(t.role == "magnitude" for group in step.outputs for t in group)]
-    if decomposed:
-        message = (
-            f"{counted(len(decomposed), 'module')} are DoRA with a magnitude per output. ComfyUI divides it by ‖W‖ "
-            "instead of ‖W+ΔW‖, and A1111 takes it along the inputs: neither shows what was trained."
-        )
-        findings.append(
-            Finding("not-for-comfyui", "warning", decomposed[0], message, "diffusers does, from the default layout.")
-        )
-    return findings
-
-
-def _two_files_finding(outputs: Sequence[OutputFile]) -> list[Finding]:
-    """How to load a file of plain LoRA and one of DoRA together."""
-    if len(outputs) < 2:
-        return []
-    plain, dora = (PurePath(output.path).name for output in outputs)
-    message = (
-        "Only some modules are DoRA, which diffusers cannot load from one file: there are two, to be loaded as two "
-        f'adapters. pipe.load_lora_weights(folder, weight_name="{plain}", adapter_name="plain"); '
-        f'pipe.load_lora_weights(folder, weight_name="{dora}", adapter_name="dora"); '
-        'pipe.set_adapters(["plain", "dora"]).'
-    )
-    fix = "With --base MODEL one file holds both: its plain modules then carry ‖W+ΔW‖."
-    return [Finding("two-files", "note", dora, message, fix)]
-
-
 def _refusal(detection: Detection, options: Options) -> Plan | None:
     """The plan that says why nothing can be planned, or None."""
     if detection.kind != "lora" or detection.family is None:
@@ -550,13 +473,13 @@ def _laid_out(header: Header, detection: Detection, options: Options, layout: La
     canonical = options.to == "diffusers" and len(files) == 1 and _is_canonical(drafts, names, header)
     mode: AlphaMode = "header" if not layout.folds else options.alpha or ("header" if canonical else "fold")
     steps = tuple(_step(draft, layout, names, header, mode, options.dtype) for draft in drafts)
-    findings = [*detection.findings, *_change_findings(steps, header, options)]
-    findings += _comfyui_finding(steps) if options.to == "diffusers" else _kohya_findings(steps, family)
+    findings = [*detection.findings, *change_findings(steps, header, options)]
+    findings += comfyui_findings(steps) if options.to == "diffusers" else kohya_findings(steps, family)
     outputs = tuple(_file(header, layout, steps, drafts, file) for file in files)
     outputs = tuple(output for output in outputs if output.tensors)
     if not outputs:
         findings.append(Finding("no-effect", "error", "", "No module is left to write: every rank is 0."))
-    findings += _two_files_finding(outputs)
+    findings += two_files_findings(outputs)
     status: Literal["failed", "planned"] = "failed" if severest(findings) == "error" else "planned"
     return Plan(detection.file, status, detection, options, outputs, steps, tuple(findings))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_convert.converters.adapters import ALGORITHMS, Form
-from lora_convert.inspect.detection import AdaptedModule
+from lora_convert.inspect.detection import AdaptedModule, example_of
 from lora_convert.report import MOST_FINDINGS, Finding, counted
 
 if TYPE_CHECKING:
@@ -23,8 +23,12 @@ _MERGE = "lora-convert merge bakes it into the model's weights, exactly"
 
 def title_of(algorithm: str) -> str:
     """An algorithm's name as people write it: `LoHa with DoRA`."""
-    titles = {"dora": "DoRA", **{name: row.title.partition(",")[0] for name, row in ALGORITHMS.items()}}
-    return " with ".join(titles.get(part, part) for part in algorithm.split("+"))
+    titles = {
+        "dora": "DoRA",
+        **{name: row.title.partition(" (")[0].partition(",")[0] for name, row in ALGORITHMS.items()},
+    }
+    first, *others = (titles.get(part, part) for part in algorithm.split("+"))
+    return f"{first} with {' and '.join(others)}" if others else first
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,10 @@ def _on_norm(module: AdaptedModule, form: Form, options: Options) -> bool:
 
 def _on_embedding(module: AdaptedModule, form: Form, options: Options) -> bool:
     return module.modules[0].mark == "embedding"
+
+
+def _is_biased_dora(module: AdaptedModule, form: Form, options: Options) -> bool:
+    return options.to == "diffusers" and form.magnitude and form.bias
 
 
 def _lacks_base(module: AdaptedModule, form: Form, options: Options) -> bool:
@@ -67,10 +75,17 @@ _REFUSALS = (
         f"{_MERGE}; --skip PATTERN leaves its tensors out.",
     ),
     _Refusal(
+        "unsupported-kind",
+        _is_biased_dora,
+        "changes a bias beside a magnitude per output, and peft loads no DoRA with biases",
+        f"{_MERGE}; --to kohya writes it for readers that take both; --skip PATTERN leaves the biases out.",
+    ),
+    _Refusal(
         "base-needed",
         _lacks_base,
         "changes a weight by what the base model's weight is",
-        f"--base MODEL (with --rank N or --max-error E where the change has no low rank) makes a LoRA of it; {_MERGE}.",
+        "lora-convert convert --base MODEL (with --rank N or --max-error E where the change has no low rank) makes a "
+        f"LoRA of it; {_MERGE}.",
     ),
     _Refusal(
         "rank-needed",
@@ -96,7 +111,7 @@ def refusals(payload: Sequence[tuple[AdaptedModule, Form]], options: Options) ->
 def _finding(row: _Refusal, algorithm: str, modules: Sequence[AdaptedModule], total: int) -> Finding:
     first = modules[0]
     message = f"{len(modules)} of {counted(total, 'module')} ({title_of(algorithm)}): each {row.reason}, for example "
-    return Finding(row.name, "error", next(iter(first.tensors.values())), f"{message}{first.modules[0].name}.", row.fix)
+    return Finding(row.name, "error", example_of(first.tensors), f"{message}{first.modules[0].name}.", row.fix)
 
 
 def not_native(reasons: Mapping[str, str]) -> list[Finding]:

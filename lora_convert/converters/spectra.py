@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +19,10 @@ from lora_convert.converters.algorithms.adapter import matrix, wide
 from lora_convert.converters.algorithms.lokr import Side
 from lora_convert.errors import BaseNeeded, Unrepresentable
 
-__all__ = ["Spectrum", "relative_difference", "spectrum"]
+__all__ = ["ChangeError", "Spectrum", "relative_difference", "spectrum"]
 
 _CANCELLED = 1e-10  # of a sum of squares in float64: where less remains, it is mostly rounding errors
+_LARGE = 1 << 20  # elements of a factor that is no smaller problem than ΔW: its Gram matrix is decomposed
 _CONDITION = 1e-3  # squared it costs digits of the sixteen
 
 
@@ -133,6 +135,8 @@ def _of_kronecker(adapter: Lokr) -> Spectrum:
 def _of_side(side: Side) -> Spectrum:
     if side.right is not None:
         return _of_product(Lora(side.right, side.left))
+    if side.left.size > _LARGE:
+        return _of_matrix(wide(side.left))
     first, values, second = np.linalg.svd(wide(side.left), full_matrices=False)
 
     def vectors(rank: int) -> tuple[Array, Array]:
@@ -170,8 +174,19 @@ def _turned(up: Array, down: Array) -> tuple[Array, Array]:
     return down.T, up.T
 
 
-def relative_difference(adapter: Adapter, output: Lora, base: Base | None = None) -> float:
-    """‖ΔW_output − ΔW_adapter‖ / ‖ΔW_adapter‖, and the same of Δb if that is larger; infinite if only it is zero.
+class ChangeError(NamedTuple):
+    """Relative errors of a change: of ΔW (inside a DoRA), and the larger of those of Δb and DoRA's magnitudes."""
+
+    weight: float
+    beside: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        return float(np.max(self))  # NaN if one is
+
+
+def relative_difference(adapter: Adapter, output: Lora, base: Base | None = None) -> ChangeError:
+    """‖ΔW_output − ΔW_adapter‖ / ‖ΔW_adapter‖, and the same of Δb; infinite if only the adapter's is zero.
 
     By structure, in float64; where there is an exact form as a product, from its factors, which are float32. No matrix
     as large as ΔW is formed for products and Kronecker products, unless two whole Kronecker factors are met to five
@@ -180,7 +195,7 @@ def relative_difference(adapter: Adapter, output: Lora, base: Base | None = None
     plain = output.to_lora()
     if isinstance(adapter, Lokr) and adapter.first.right is None and adapter.second.right is None:
         difference, norm = _from_kronecker(adapter, plain)
-        return max(_ratio(difference, norm), _bias_difference(None, plain.bias))
+        return ChangeError(_ratio(difference, norm), _bias_difference(None, plain.bias))
     try:
         ours = adapter.to_lora(base)
     except BaseNeeded:
@@ -189,8 +204,8 @@ def relative_difference(adapter: Adapter, output: Lora, base: Base | None = None
         deltas = adapter.deltas(base)
         difference = float(np.linalg.norm(plain.deltas()["weight"] - deltas["weight"]))
         weight = _ratio(difference, float(np.linalg.norm(deltas["weight"])))
-        return max(weight, _bias_difference(deltas.get("bias"), plain.bias))
-    return max(_from_product(ours, plain), _bias_difference(ours.bias, plain.bias))
+        return ChangeError(weight, _bias_difference(deltas.get("bias"), plain.bias))
+    return ChangeError(_from_product(ours, plain), _bias_difference(ours.bias, plain.bias))
 
 
 def _ratio(difference: float, norm: float) -> float:

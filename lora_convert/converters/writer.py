@@ -153,15 +153,32 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     flush_folder(target.parent)
 
 
-_LOCK = ".lock"
+_LOCK, _ASIDE = ".lock", "old"
+"""In a scratch folder: the file that its living writer has locked, and the folder that it replaces."""
 
 
 def _remove_dead_folders(target: Path) -> None:
-    """Remove scratch folders of this target whose writer is dead (the lock in them is gone)."""
+    """Remove scratch folders of this target whose writer is dead (the lock in them is gone).
+
+    One that died between its two renames has left the old folder aside: it is put back.
+    """
     for path in target.parent.glob(f".{_glob_escape(_beginning(target))}.*.part"):
         with contextlib.suppress(OSError), (path / _LOCK).open("rb+") as file:
             if _lock(file):
+                if (path / _ASIDE).exists() and not target.exists():
+                    (path / _ASIDE).rename(target)
+                _remove_scratch(path)
+
+
+def _remove_scratch(scratch: Path) -> None:
+    """Remove a scratch folder, the lock last: what is left if this is interrupted is known by it."""
+    with contextlib.suppress(OSError):
+        for path in scratch.iterdir():
+            if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -173,37 +190,43 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as cleanup:
         make_folder(target.parent, cleanup)
         _remove_dead_folders(target)
-        scratch = target.parent / f".{_beginning(target)}.{os.getpid()}-{secrets.token_hex(4)}.part"
-        cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
-        try:
+        yield _create_folder(target, cleanup)
+
+
+def _create_folder(target: Path, cleanup: contextlib.ExitStack) -> Path:
+    """What `_create` does, with a folder that has its lock in it."""
+    try:
+        while True:
+            scratch = target.parent / f".{_beginning(target)}.{os.getpid()}-{secrets.token_hex(4)}.part"
+            cleanup.callback(_remove_scratch, scratch)
             scratch.mkdir()
             lock = cleanup.enter_context((scratch / _LOCK).open("xb"))
-        except OSError as error:
-            raise UsageError(f"nothing can be written to {shown(str(target.parent))}: {error.strerror}") from None
-        _lock(lock)
-        yield scratch
+            if _lock(lock) is not False and (scratch / _LOCK).exists():
+                return scratch  # else another process took it for litter before it was locked
+    except OSError as error:
+        where = shown(str(target.parent))
+        raise UsageError(f"nothing can be written to {where}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder that takes the target's place as a whole when the block ends well, and vanishes if it does not.
 
-    What is written into it must be flushed to disk by its writer. A folder that is there already is first moved aside
-    (`.<name>.….old`, beside it) and removed last, so that at no moment neither of them is there whole.
+    What is written into it must be flushed to disk by its writer. A folder that is there already is first moved into
+    the scratch folder and removed last, so that at no moment neither of them is there whole.
     """
     with scratch_folder(target) as scratch:
         content = scratch / "content"
         content.mkdir()
         yield content
         flush_folder(content)
-        aside = scratch.with_suffix(".old")
-        if target.exists():
-            target.rename(aside)
+        aside = scratch / _ASIDE
         try:
+            if target.exists():
+                target.rename(aside)
             content.rename(target)
-        except OSError:
-            if aside.exists():
+        except BaseException:
+            if aside.exists() and not target.exists():
                 aside.rename(target)
             raise
         flush_folder(target.parent)
-        shutil.rmtree(aside, ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import Any
 from lora_convert.families import Module
 from lora_convert.report import SCHEMA, Finding, json_number, severest
 
-__all__ = ["AdaptedModule", "Detection", "Rival"]
+__all__ = ["AdaptedModule", "Detection", "Rival", "example_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,11 @@ class AdaptedModule:
     rank: int | None = None
     alpha: float | None = None
     scale: float | None = 1.0
+
+
+def example_of(tensors: Mapping[str, str]) -> str:
+    """The name of one of a module's tensors, by which to speak of it: a matrix if there is one."""
+    return tensors[min(tensors, key=("alpha", "scalar", "on_input").__contains__)]
 
 
 @dataclass(frozen=True, slots=True)

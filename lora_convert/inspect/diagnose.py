@@ -11,8 +11,9 @@ from lora_convert.containers.dtypes import WEIGHTS
 from lora_convert.families import Family
 from lora_convert.inspect import shapes
 from lora_convert.inspect.config import AdapterConfig
-from lora_convert.inspect.detection import AdaptedModule
+from lora_convert.inspect.detection import AdaptedModule, example_of
 from lora_convert.inspect.match import Group, Match, shapes_of
+from lora_convert.inspect.spelling import SUFFIXES
 from lora_convert.report import MOST_FINDINGS, Finding, shown
 
 __all__ = [
@@ -26,6 +27,10 @@ __all__ = [
     "variant_findings",
 ]
 
+
+_CUT = "The file was cut or merged wrongly. --skip PATTERN leaves tensors out."
+_SCALED = frozenset({"lora", "loha", "lokr", "glora", "tlora"})
+"""Algorithms whose products have a scale."""
 
 _PARTS = {"down": "down (A)", "up": "up (B)"}
 
@@ -70,9 +75,11 @@ def misfit_findings(groups: Mapping[str, Group], match: Match, header: Header) -
         wrong = []
         if {"down", "up"} <= sizes.keys() and group.algorithm(header).startswith("lora"):
             wrong = [(group.tensors[part], said) for part, said in shapes.lora_misfits(sizes, place.rows, module)]
+        elif parts := _wrong_parts(group, header):
+            findings += parts
         elif not {"down", "up"} & sizes.keys():
             size = "x".join(map(str, module.shape))
-            wrong = [(next(iter(group.tensors.values())), f"its shapes do not make a weight of {size}")]
+            wrong = [(example_of(group.tensors), f"its shapes do not make a weight of {size}")]
         findings += [
             Finding("shape-misfit", "error", tensor, f"It does not fit {module.name}: {said}.", fix)
             for tensor, said in wrong
@@ -80,19 +87,37 @@ def misfit_findings(groups: Mapping[str, Group], match: Match, header: Header) -
     return capped(findings, "tensors do not fit their modules")
 
 
+def _wrong_parts(group: Group, header: Header) -> list[Finding]:
+    """Findings for the parameters that a module lacks, and for those that do not go with the others."""
+    sizes, findings = shapes_of(group, header), []
+    for algorithm in group.algorithm(header).split("+"):
+        lacking, extra = shapes.wrong_parts(algorithm, sizes)
+        if lacking:
+            known = [suffix for suffix in SUFFIXES if suffix.algorithm in group.algorithms]
+            names = {suffix.field: suffix.text[1:] for suffix in reversed(known)}
+            message = f"The module has no {' and no '.join(names[part] for part in lacking)} beside it."
+            findings.append(Finding("missing-partner", "error", example_of(group.tensors), message, _CUT))
+        for part in extra if not lacking else ():
+            message = "It does not go with the module's other tensors, which make a module without it."
+            findings.append(Finding("unexplained-tensor", "error", group.tensors[part], message, _CUT))
+    return findings
+
+
 def partner_findings(groups: Mapping[str, Group]) -> list[Finding]:
     """Findings for LoRA halves without the other half, alphas without matrices and parameters given twice."""
     findings = []
-    fix = "The file was cut or merged wrongly. --skip PATTERN leaves tensors out."
     for group in groups.values():
-        present = next(iter(group.tensors.values()))
+        present = example_of(group.tensors)
         lacking = [part for part in ("down", "up") if part not in group.tensors]
         if "lora" in group.algorithms and lacking and not (group.algorithms & {"full"} and len(lacking) == 2):
             message = f"The module has no {_PARTS[lacking[0]]} matrix beside it."
-            findings.append(Finding("missing-partner", "error", present, message, fix))
+            findings.append(Finding("missing-partner", "error", present, message, _CUT))
         elif not group.algorithms or group.algorithms == {"dora"}:
             message = "There are no matrices that it could belong to."
-            findings.append(Finding("missing-partner", "error", present, message, fix))
+            findings.append(Finding("missing-partner", "error", present, message, _CUT))
+        elif "scalar" in group.tensors and not group.algorithms & _SCALED:
+            message = "No trainer multiplies a change of this kind by a scalar, so what it means is not known."
+            findings.append(Finding("unexplained-tensor", "error", group.tensors["scalar"], message, _CUT))
         for first, second in group.doubles:
             message = f"{shown(first)} gives the same parameter of the same module."
             findings.append(Finding("duplicate-module", "error", second, message, "Leave one out with --skip."))
@@ -107,7 +132,7 @@ def duplicate_findings(match: Match, groups: Mapping[str, Group]) -> list[Findin
         for module in place.modules:
             other = seen.setdefault(module.name, name)
             if other != name:
-                first, second = (next(iter(groups[part].tensors.values())) for part in (other, name))
+                first, second = (example_of(groups[part].tensors) for part in (other, name))
                 message = f"{module.name} is changed by it and by {shown(first)}: two names of one module."
                 fix = "Readers would take one of them or both; leave one out with --skip."
                 findings.append(Finding("duplicate-module", "error", second, message, fix))

@@ -205,6 +205,11 @@ def _tie_break(tied: Sequence[Match], header: Header) -> tuple[Match | None, str
     hinted = [match for match in tied if match.family.name in hints]
     if len(hinted) == 1:
         return hinted[0], hints[hinted[0].family.name]
+    if any(map(_NUMBERED.fullmatch, header.tensors)):
+        parts = {match.family.name: {part.name for part in match.family.components} for match in tied}
+        single = [match for match in tied if "text_encoder_2" not in parts[match.family.name]]
+        if len(single) == 1:
+            return single[0], "cloneofsimo's trainer knows no model with two text encoders"
     exact = [match for match in tied if match.exact == max(match.exact for match in tied)]
     if len(exact) == 1:
         return exact[0], f"matrices and convolutions are stored as those of {exact[0].family.name}"

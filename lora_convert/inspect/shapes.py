@@ -10,12 +10,28 @@ from math import isqrt, prod
 
 from lora_convert.families import Module
 
-__all__ = ["fits", "is_exact", "lora_misfits", "rank_of"]
+__all__ = ["fits", "is_exact", "is_per_input", "lora_misfits", "rank_of", "wrong_parts"]
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Sizes = tuple[int | None, frozenset[int]]
 """Rows of the weight (None if the shapes do not tell), and the numbers of columns that would do (empty: any)."""
+
+
+def _sets(*fields: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(text.split()) for text in fields)
+
+
+_COMPLETE: Mapping[str, tuple[frozenset[str], ...]] = {
+    "loha": _sets("w1_a w1_b w2_a w2_b", "w1_a w1_b w2_a w2_b t1 t2"),
+    "lokr": _sets(*(f"{one} {two}" for one in ("w1", "w1_a w1_b") for two in ("w2", "w2_a w2_b", "w2_a w2_b t2"))),
+    "glora": _sets("b1 b2", "b1 b2 bm", "a1 a2 b1 b2", "a1 a2 b1 b2 bm"),
+    "tlora": _sets("q p lambda"),
+    "ia3": _sets("weight on_input", "factors"),
+    "oft": _sets("blocks", "blocks rescale", "diagonal", "diagonal rescale", "rotation"),
+    "boft": _sets("blocks", "blocks rescale"),
+}
+"""The sets of fields that make a module; with others it would not be clear what the module is."""
 
 
 def _columns(*sizes: int) -> frozenset[int]:
@@ -58,8 +74,6 @@ def _kronecker_factor(shapes: Shapes, side: str) -> tuple[int, int]:
 
 def _lokr(shapes: Shapes) -> Sizes:
     (rows_1, columns_1), (rows_2, columns_2) = (_kronecker_factor(shapes, side) for side in ("w1", "w2"))
-    if "t1" in shapes:
-        raise ValueError("no trainer writes a Tucker core of the first factor")
     return rows_1 * rows_2, _columns(columns_1 * columns_2)
 
 
@@ -102,15 +116,14 @@ def _full(shapes: Shapes) -> Sizes:
 
 
 def _oft(shapes: Shapes) -> Sizes:
-    given = [shapes[name] for name in ("blocks", "diagonal", "rotation") if name in shapes]
-    _joined(len(given), 1)
     if "rotation" in shapes:  # OFT_2 stores triangles, of the input side
         count, elements = shapes["rotation"]
         size = (1 + isqrt(1 + 8 * elements)) // 2
         _joined(size * (size - 1) // 2, max(elements, 1))
         return None, _columns(count * size) if count != 1 else frozenset()
-    _joined(len(given[0]), 3)
-    return _rotated(given[0], shapes), frozenset()
+    blocks = shapes["blocks"] if "blocks" in shapes else shapes["diagonal"]
+    _joined(len(blocks), 3)
+    return _rotated(blocks, shapes), frozenset()
 
 
 def _boft(shapes: Shapes) -> Sizes:
@@ -118,6 +131,8 @@ def _boft(shapes: Shapes) -> Sizes:
     _joined(len(blocks), 4)
     rows = _rotated(blocks[1:], shapes)
     _joined(blocks[2] % 2, 0)
+    if blocks[0] > max(rows, 1).bit_length():  # before a power of any size is computed
+        raise ValueError("there are more stages than butterflies of the rows")
     _joined(rows % (2 ** (blocks[0] - 1) * blocks[2]) if blocks[0] else 0, 0)  # the last stage mixes the widest
     return rows, frozenset()
 
@@ -132,10 +147,9 @@ def _fits_ia3(shapes: Shapes, rows: int, module: Module) -> bool:
     """LyCORIS' factors with a number that says of which side, or peft's, which keep their place."""
     width = module.shape[1]
     if "factors" not in shapes:
-        return prod(shapes.get("weight", ())) in (rows, width) and prod(shapes["on_input"]) == 1
-    factors = shapes["factors"]
+        return prod(shapes["weight"]) in (rows, width) and prod(shapes["on_input"]) == 1
     known = ((rows, 1), (1, width)) if len(module.shape) == 2 else ((1, rows, 1, 1), (1, width, 1, 1))
-    return "weight" not in shapes and factors in known
+    return shapes["factors"] in known
 
 
 _SIZES: Mapping[str, Callable[[Shapes], Sizes]] = {
@@ -158,7 +172,7 @@ def fits(algorithm: str, shapes: Shapes, rows: int, module: Module) -> bool:
 
 def _fits(algorithm: str, shapes: Shapes, rows: int, module: Module) -> bool:
     columns = prod(module.shape[1:])
-    if len(module.shape) < 2 and algorithm not in ("full", "norm"):
+    if (len(module.shape) < 2 and algorithm not in ("full", "norm")) or any(wrong_parts(algorithm, shapes)):
         return False
     if algorithm == "lora":
         return {"down", "up"} <= shapes.keys() and not lora_misfits(shapes, rows, module)
@@ -174,6 +188,16 @@ def _fits(algorithm: str, shapes: Shapes, rows: int, module: Module) -> bool:
     except (KeyError, IndexError, ValueError):
         return False
     return height in (None, rows) and (not widths or columns in widths)
+
+
+def wrong_parts(algorithm: str, shapes: Shapes) -> tuple[list[str], list[str]]:
+    """The fields that a module lacks to be one of the algorithm, and those that are too many."""
+    complete = _COMPLETE.get(algorithm, ())
+    given = frozenset(shapes).intersection(frozenset().union(*complete))
+    if not complete or given in complete:
+        return [], []
+    nearest = min(complete, key=lambda fields: len(fields ^ given))
+    return sorted(nearest - given), sorted(given - nearest)
 
 
 def is_exact(algorithm: str, shapes: Shapes, module: Module) -> bool:
@@ -224,11 +248,17 @@ def lora_misfits(shapes: Shapes, rows: int, module: Module) -> list[tuple[str, s
 
 
 def _magnitude_misfits(shapes: Shapes, rows: int, module: Module) -> list[tuple[str, str]]:
-    """What is wrong with a DoRA's magnitude: one number per row, or per column under LyCORIS' name."""
-    for name, sizes in (("dora_scale", (rows, *module.shape[1:2])), ("magnitude", (rows,))):
-        if name in shapes and prod(shapes[name]) not in sizes:
+    """What is wrong with a DoRA's magnitude: one number per row, or per input under LyCORIS' name."""
+    per_input = is_per_input(shapes.get("dora_scale", ()))
+    for name, size in (("dora_scale", module.shape[1] if per_input else rows), ("magnitude", rows)):
+        if name in shapes and prod(shapes[name]) != size:
             return [(name, f"its shape is {_dims(shapes[name])}, but the module's weight is {_dims(module.shape)}")]
     return []
+
+
+def is_per_input(dora_scale: Shape) -> bool:
+    """Whether a magnitude under LyCORIS' name, which keeps its place in the weight, is one per input: (1, in, …)."""
+    return len(dora_scale) > 1 and dora_scale[0] == 1 and dora_scale[1] != 1
 
 
 def _dims(shape: Shape) -> str:

@@ -125,7 +125,7 @@ SUFFIXES: tuple[Suffix, ...] = (
         },
     ),
     *_rows("loha", {f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}),
-    *_rows("lokr", {f"lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")}),
+    *_rows("lokr", {f"lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}),
     *_rows("glora", {f"{name}.weight": name for name in ("a1", "a2", "b1", "b2", "bm")}),
     *_rows("ia3", {"weight": "weight", "on_input": "on_input", "ia3_l": "factors"}),
     *_rows("oft", {"oft_blocks": "blocks", "oft_diag": "diagonal", "rescale": "rescale", "oft_R.weight": "rotation"}),

@@ -361,17 +361,17 @@ def _load(pipeline: Any, components: Mapping[str, torch.nn.Module], path: Path, 
     try:
         with collected_warnings() as messages, torch.random.fork_rng(devices=[]):  # peft first fills in noise
             layers, findings = _placed(pipeline, components, path, name, family)
+        for layer in layers.values():
+            layer.train(layer.get_base_layer().training)
+        before.restore(name)
+        for layer in layers.values():
+            for part in layer.adapter_layer_names:
+                if name in (held_here := getattr(layer, part)):
+                    held_here[name].requires_grad_(False)
     except BaseException:
         _detach(components, name)
         before.restore()
         raise
-    for layer in layers.values():
-        layer.train(layer.get_base_layer().training)
-    before.restore(name)
-    for layer in layers.values():
-        for part in layer.adapter_layer_names:
-            if name in (held_here := getattr(layer, part)):
-                held_here[name].requires_grad_(False)
     scales = {module: getattr(layer, "scaling", {}).get(name) for module, layer in layers.items()}
     return _Live(name, scales, tuple(dict.fromkeys(messages)), tuple(findings))
 

@@ -24,6 +24,7 @@ from lora_convert.runtime.loading import (
     LoadingError,
     arrival_errors,
     bare_components,
+    collected_warnings,
     load_adapter,
     not_adapted,
     not_loaded,
@@ -91,8 +92,24 @@ def climb(
         write_sheet(Path(sheet), gallery)
     if report is not None and result.family is not None:
         with _opened(path, against, options) as files:
-            write_proof(Path(report), result, files, gallery, baked=baked, base=weights)
+            write_proof(Path(report), result, files, gallery, _asked(base, drawing, options), baked=baked, base=weights)
     return result
+
+
+def _asked(base: str | Path | None, drawing: Drawing | None, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was asked of a climb, by the names of the command's options; None for what was left as it is."""
+    asked: dict[str, Any] = {name: options.get(name) for name in ("family", "skip")}
+    if options.get("config"):
+        asked["config"] = Path(options["config"])
+    if base is None:
+        return asked
+    asked["base"] = Path(base) if Path(base).exists() else base
+    if drawing is not None:
+        usual = type(drawing)()
+        asked |= {"prompt": drawing.prompts, "steps": drawing.steps, "seed": drawing.seed}
+        names = ("scale", "device", "dtype")
+        asked |= {name: getattr(drawing, name) for name in names if getattr(drawing, name) != getattr(usual, name)}
+    return asked
 
 
 @contextlib.contextmanager
@@ -232,12 +249,15 @@ def _load_native(path: Path, family: str | None) -> Rung:
         return Rung("skipped", "the base model is not known")
     names = [component.name for component in FAMILIES[family].components]
     try:
-        layers = load_native(bare_components(family, dict.fromkeys(names, torch.float32)), path, "adapter")
+        with collected_warnings() as messages:
+            components = bare_components(family, dict.fromkeys(names, torch.float32))
+            messages.clear()  # what importing the libraries says is not about this folder
+            layers = load_native(components, path, "adapter")
     except LoadingError as error:
         return _raised(error)
     except FileError as error:
         return Rung("fail", findings=error.findings)
-    return Rung("pass", figures={"modules": len(layers), "loaded": len(layers), "worst": 0.0, "warnings": []})
+    return Rung("pass", figures={"modules": len(layers), "loaded": len(layers), "worst": 0.0, "warnings": messages})
 
 
 def _compare(source: Source, found: Detection, loaded: LoadedAdapter) -> Rung:

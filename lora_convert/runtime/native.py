@@ -1,27 +1,7 @@
-"""peft's native forms on a live pipeline: folders of `adapter_config.json` and `adapter_model.safetensors`.
-
-How `apply` uses it, `components` being `live_components(pipeline)` and `name` a free adapter name:
-
-    folders = native_folders(path)                     # empty: `path` is no such folder
-    with collected_warnings() as messages:             # what peft says goes to the caller
-        layers = load_native(components, path, name)   # every tensor counted and compared; raises FileError
-    scales = {module: native_scale(layer, name) for module, layer in layers.items()}
-    set_native_scale(layer, name, scales[module] * strength)     # raises UsageError for (IA)³ and OFT
-
-All folders of a component share the one name. `load_native` leaves what was trained and active, and what was in
-training, as peft leaves it, and after an exception whatever had arrived; the caller puts these back, as after a LoRA:
-
-    layer.train(layer.get_base_layer().training)
-    for values in native_parameters(layer, name).values():
-        values.requires_grad_(False)
-
-To detach, `layer.delete_adapter(name)` on every layer; one that holds no adapters any more (`adapters_of` is empty) is
-replaced by its `base_layer`. No base weight is ever touched, so that the model then is what it was, bit for bit.
-"""
+"""peft's native forms on a live pipeline: folders of `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -46,21 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = [
-    "UNSCALED",
-    "load_native",
-    "native_delta",
-    "native_folders",
-    "native_parameters",
-    "native_scale",
-    "set_native_scale",
-]
-
-UNSCALED: Mapping[str, str] = {
-    "ia3": "(IA)³ multiplies the weights by factors",
-    "oft": "OFT rotates the weights",
-}
-"""Kinds of peft's that have no strength, by the package of their layers, and what they do instead of adding."""
+__all__ = ["load_native", "native_folders", "native_parameters"]
 
 _PREFIX = "base_model.model."
 _SUFFIXES = ("lora_", "hada_", "lokr_", "ia3_l", "oft_R")
@@ -90,7 +56,8 @@ def load_native(components: Mapping[str, torch.nn.Module], folder: Path, name: s
     Returns the live layers by canonical name (`unet.conv_in`). Different kinds may be on one model, on different
     modules. Raises UsageError if there is no adapter folder or if a module already has adapters of another kind;
     FileError for a folder that cannot be read, and with the findings `module-not-loaded` where a module or a value did
-    not arrive, or `overflow` where values do not fit the model's dtype; LoadingError for what peft raises.
+    not arrive, or `overflow` where values do not fit the model's dtype; LoadingError for what peft raises. What had
+    arrived by then is still there, and what is active and trained is always as peft leaves it.
     """
     folders = native_folders(folder)
     if not folders:
@@ -174,7 +141,8 @@ def _inject(model: torch.nn.Module, folder: _Folder, name: str) -> None:
     for path in folder.tensors:
         layer = modules.get(path)
         if isinstance(layer, BaseTunerLayer) and _package(layer) != kind.lower():
-            said = f"{shown(path)} has an adapter of peft's kind {_package(layer).upper()}"
+            module = f"{folder.component}.{canonical_prefix(model)}{path}"
+            said = f"{shown(module)} has an adapter of peft's kind {_package(layer).upper()}"
             raise UsageError(f"{said}, beside which one of the kind {kind} cannot be; remove the former first")
     state = {
         f"{path}.{suffix}": values for path, tensors in folder.tensors.items() for suffix, values in tensors.items()
@@ -221,9 +189,9 @@ def _compared(
         yield not_loaded(module, f"Its {suffix} is in {where}.")
     for suffix in sorted(tensors.keys() & live.keys()):
         yield from _compare(module, suffix, tensors[suffix], live[suffix].detach().cpu())
-    asked = _asked_scale(module, config)
-    if asked is not None and native_scale(layer, name) != asked:
-        said = f"Its scale is {native_scale(layer, name):g}, and the configuration says {asked:g}."
+    scale, asked = getattr(layer, "scaling", {}).get(name, 1.0), _asked_scale(module, config)
+    if asked is not None and scale != asked:
+        said = f"Its scale is {scale:g}, and the configuration says {asked:g}."
         yield not_loaded(module, said)
 
 
@@ -260,37 +228,3 @@ def _named(pattern: Mapping[str, float], path: str, default: float) -> float:
         if plain == path or (not key.startswith("^") and path.endswith(f".{plain}")):
             return value
     return default
-
-
-def native_scale(layer: BaseTunerLayer, name: str) -> float:
-    """The factor of an adapter's change in a live layer; 1 for kinds that have none."""
-    scaling: Mapping[str, float] = getattr(layer, "scaling", {})
-    return scaling.get(name, 1.0)
-
-
-def set_native_scale(layer: BaseTunerLayer, name: str, scale: float) -> None:
-    """Apply one adapter of a live layer with this factor (alpha/rank, times a strength).
-
-    LoRA, LoHa and LoKr change in proportion to it; of a DoRA peft scales ΔW before it takes the norm. (IA)³ and OFT
-    have no such factor: raises UsageError, in a sentence, for any other than 1.
-    """
-    if name in getattr(layer, "scaling", {}):
-        layer.scaling[name] = scale
-    elif scale != 1.0:
-        what = UNSCALED.get(_package(layer), "this kind multiplies the weights")
-        raise UsageError(f"{what}, which has no strength: it applies with the scale 1 or not at all")
-
-
-def native_delta(layer: BaseTunerLayer, name: str) -> dict[str, torch.Tensor]:
-    """What one adapter of a live layer changes, dense, float64: ΔW under `weight`, and Δb under `bias` if it changes.
-
-    By peft's own `merge`, on a copy of the layer in float64, at the layer's present scale.
-    """
-    double: Any = copy.deepcopy(layer).double()
-    base = double.get_base_layer()
-    before = {part: values.detach().clone() for part, values in base.named_parameters(recurse=False)}
-    with torch.no_grad():
-        double.merge(adapter_names=[name])
-    after = dict(base.named_parameters(recurse=False))
-    deltas = {part: after[part].detach() - values for part, values in before.items()}
-    return {part: delta for part, delta in deltas.items() if part == "weight" or bool(delta.any())}

@@ -42,7 +42,7 @@ _RUNGS: Mapping[str, str] = {
     "numbers": "Finite, not all zero, nothing lost to the dtype.",
     "delta": "ΔW of every module against the source’s.",
     "load": "Through diffusers’ own loader, or peft’s, every module counted.",
-    "picture": "Same seeds: the converted file loaded, against the source merged into the base.",
+    "picture": "Same seeds: the result as it loads, against the source merged into the base.",
 }
 """What each rung of the proof looks at."""
 
@@ -128,7 +128,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ReportPage:
-    """All that the page says. `title` names what was proved, `verdict` and `summary` say it (a line each).
+    """All that the page says. `title` names what was proved, `verdict` and `summary` say it (a line each); `proved` is
+    what kind of thing it is.
 
     `provenance` are labels and values beyond the files: versions, device, dtype, settings. `family` names the base
     model's family, for blocks in which nothing is adapted; `amplification` is how much `difference` pictures magnify.
@@ -147,6 +148,7 @@ class ReportPage:
     command: str | None = None
     family: str | None = None
     amplification: float | None = None
+    proved: str = "converted file"
 
 
 def verdict(rungs: Mapping[str, Rung], proved: str = "converted file") -> tuple[Status, str]:
@@ -157,9 +159,11 @@ def verdict(rungs: Mapping[str, Rung], proved: str = "converted file") -> tuple[
     passed = {name for name, rung in rungs.items() if rung.status == "pass"}
     if "delta" not in passed:
         return "partial", "Not proved: the file is sound, but it was compared with no source"
+    cut = bool(rungs["delta"].figures.get("truncated_modules"))
     if "picture" in passed:
-        return "pass", f"Proved: the {proved} does the same as the source"
-    return "partial", "Proved without pictures: every weight change is the source’s"
+        return "pass", f"Proved: the {proved} does the same as the source{', but for what was cut' if cut else ''}"
+    whose = "the closest of its rank to the source’s" if cut else "the source’s"
+    return "partial", f"Proved without pictures: every weight change is {whose}"
 
 
 def write_page(path: str | Path, page: ReportPage) -> None:

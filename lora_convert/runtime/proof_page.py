@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import platform
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_convert._version import __version__
 from lora_convert.converters.adapters import Form, form_of
@@ -38,15 +38,18 @@ def write_proof(
     result: ValidateResult,
     files: ProofFiles,
     gallery: Gallery | None,
+    asked: Mapping[str, Any],
     *,
     baked: Baked | None = None,
     base: str | Path | None = None,
 ) -> None:
     """Write the report of a proof as one HTML page. Without a source the output was checked alone.
 
-    `baked` is what was found of a merged model; `base` the model whose weights decide what some modules change.
+    `asked` are the options of `lora-convert validate` that say how it was made; `baked` is what was found of a merged
+    model; `base` the model whose weights decide what some modules change.
     """
-    status, said = verdict(result.rungs, *(("merged model",) if baked else ()))
+    proved = "merged model" if baked else "converted file"
+    status, said = verdict(result.rungs, proved)
     records = list(_records(result, files))
     modules = tuple(_baked_rows(baked) if baked else _rows(result, files, gallery, base))
     page = ReportPage(
@@ -60,9 +63,10 @@ def write_proof(
         findings=result.findings,
         files=records,
         provenance=tuple(_provenance(gallery)),
-        command=_command(result, gallery, path),
+        command=_command(result, asked, path),
         family=result.family,
         amplification=AMPLIFICATION,
+        proved=proved,
     )
     write_page(path, page)
 
@@ -169,11 +173,13 @@ def _provenance(gallery: Gallery | None) -> Iterator[tuple[str, str]]:
         yield library, version(library)
 
 
-def _command(result: ValidateResult, gallery: Gallery | None, report: Path) -> str:
+def _command(result: ValidateResult, asked: Mapping[str, Any], report: Path) -> str:
+    """What repeats the proof; of paths the last part, for where they are is nobody else's business."""
     parts = ["lora-convert validate", shlex.quote(Path(result.file).name)]
     if result.against:
         parts += ["--against", shlex.quote(Path(result.against).name)]
-    if gallery:
-        parts += ["--base", shlex.quote(str(gallery.base.get("name", "BASE")))]
-        parts += ["--steps", str(gallery.settings.steps), "--seed", str(gallery.settings.seed)]
+    for name, value in asked.items():
+        for said in value if isinstance(value, tuple | list) else [value]:
+            if said is not None:
+                parts += [f"--{name}", shlex.quote(Path(said).name if isinstance(said, Path) else f"{said}")]
     return " ".join([*parts, "--report", shlex.quote(report.name)])

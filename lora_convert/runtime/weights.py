@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_convert.containers import Header, Source, opened
+from lora_convert.containers import Header, Source, open_source
 from lora_convert.containers.header import MAX_HEADER_LIMIT
 from lora_convert.errors import FileError
 from lora_convert.families import FAMILIES
@@ -60,7 +60,7 @@ def read_weights(files: Sequence[tuple[str, Path]]) -> tuple[list[Header], dict[
     whole = sum(path.stat().st_size for _, path in files if path.exists()) <= _WHOLE
     for name, path in files:
         try:
-            with opened(path, MAX_HEADER_LIMIT) as source:
+            with open_source(path, MAX_HEADER_LIMIT, pickles=False) as source:
                 headers.append(source.header)
                 content = sha256_of(source.chunks() if whole else _sampled(source))
         except FileError as error:

@@ -63,6 +63,11 @@ class Form:
     magnitude: bool = False
     needs_base: bool = False
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the shapes alone say so: rank 0, with no bias or magnitude beside it."""
+        return self.rank == 0 and not (self.bias or self.magnitude)
+
 
 @dataclass(frozen=True)
 class Stored:

@@ -11,6 +11,7 @@ import numpy as np
 from lora_convert.converters.algorithms.adapter import Adapter, Array, Base, Form, Shapes, Stored, based, wide
 from lora_convert.converters.algorithms.lora import Lora
 from lora_convert.errors import Unrepresentable
+from lora_convert.inspect.shapes import is_per_input
 
 __all__ = ["Dora", "axis_of", "dora_form", "read_dora"]
 
@@ -55,8 +56,7 @@ def axis_of(shapes: Shapes) -> Axis:
     LyCORIS' and OneTrainer's `dora_scale` keeps its place: (out, 1, …) or (1, in, …). Under peft's name a
     convolution's is (1, out, 1, 1), and under ai-toolkit's it is (out,).
     """
-    scale = shapes.get("dora_scale", ())
-    return "in" if len(scale) > 1 and scale[0] == 1 and scale[1] != 1 else "out"
+    return "in" if is_per_input(shapes.get("dora_scale", ())) else "out"
 
 
 def read_dora(stored: Stored, inner: Adapter) -> Dora:

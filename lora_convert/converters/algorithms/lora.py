@@ -13,6 +13,10 @@ from lora_convert.converters.algorithms.adapter import Array, Base, Form, Shape,
 __all__ = ["Lora", "dense_product", "fold_core", "lora_form", "read_lora", "whole"]
 
 
+_CACHED = 1 << 16
+"""Numbers of float64 that a core keeps in its cache."""
+
+
 def fold_core(core: Array, factor: Array) -> Array:
     """A Tucker core (r, r', kh, kw) times the factor (r', in) behind it: (r, in·kh·kw), float64."""
     core, factor = wide(core), wide(factor)
@@ -26,8 +30,11 @@ def dense_product(left: Array, right: Array) -> Array:
     """(out, r) times (r, n) in float64, the same on every machine; for sizes at which either is small."""
     left, right = wide(left), wide(right)
     product = np.zeros((left.shape[0], right.shape[1]))
-    for inner in range(right.shape[0]):  # no BLAS here either
-        product += left[:, inner, None] * right[inner]
+    height = max(1, _CACHED // max(1, right.shape[1]))
+    for start in range(0, left.shape[0], height):
+        block, rows = product[start : start + height], left[start : start + height]
+        for inner in range(right.shape[0]):  # no BLAS here either
+            block += rows[:, inner, None] * right[inner]
     return product
 
 
