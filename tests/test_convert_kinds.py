@@ -430,3 +430,14 @@ def test_resize(tmp_path, capsys, write):
     # what already fits stays as it is
     assert run(["resize", str(path), "--rank", "64", "-o", str(tmp_path / "q"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["truncated"] == []
+
+
+def test_dora_per_input_beside_dora_per_output(tmp_path, weights, write):
+    """With the base the former becomes a LoRA with magnitudes of its own, ‖W+ΔW‖, which are not the source's."""
+    both = [read_all(file_of(name)) for name in ("dora_in", "dora_out")]
+    first = {key: values for key, values in both[0].items() if "attn1_to_q" in key}
+    source = write({**{key: values for key, values in both[1].items() if key not in first}, **first})
+    assert first
+    result = lora_convert.convert(source, tmp_path / "o", base=BASE, max_error=1e-2)
+    assert result.ok, result.findings
+    assert worst_error(all_changes(result, weights), changes(source, weights)) <= 1e-2

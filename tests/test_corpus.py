@@ -158,7 +158,7 @@ def test_other_kinds_convert_or_say_what_they_need(record, tmp_path, monkeypatch
     assert all("lora-convert merge" in finding.fix for finding in errors)
 
     closed = ClosedForm(record["family"])
-    monkeypatch.setattr(converting, "open_base", lambda base: contextlib.nullcontext(closed))
+    monkeypatch.setattr(converting, "open_base", lambda base, family: contextlib.nullcontext(closed))
     options = {"base": "closed form", "max_error": 0.05, "skip": out_of_reach(source, 1_000_000)}
     result = lora_convert.convert(source, tmp_path / "o", **options)
     assert result.ok, result.findings

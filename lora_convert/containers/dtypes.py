@@ -46,6 +46,9 @@ _STRUCT: Mapping[str, str] = MappingProxyType(
     }
 )  # fmt: skip
 
+KEPT_AS: Mapping[str, str] = MappingProxyType({"F8_E4M3": "F16", "F8_E5M2": "F16", "F64": "F32"})
+"""Dtypes of weights that no pipeline computes in, and what they become in an output (F8 fits F16 exactly)."""
+
 WEIGHTS: frozenset[str] = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
 """Dtypes that adapters are stored in and that this package converts."""
 

@@ -14,7 +14,7 @@ from lora_convert.containers import Source
 from lora_convert.containers.header import Header
 from lora_convert.converters.algorithms.adapter import Adapter, Array, Base, Form, Shape, Shapes, Stored
 from lora_convert.converters.algorithms.difference import Difference, Sum, difference_form, read_difference, sum_form
-from lora_convert.converters.algorithms.dora import Dora, dora_form, read_dora
+from lora_convert.converters.algorithms.dora import Dora, dora_form, read_dora, taken_apart
 from lora_convert.converters.algorithms.glora import Glora, glora_form, read_glora
 from lora_convert.converters.algorithms.ia3 import Ia3, ia3_form, read_ia3
 from lora_convert.converters.algorithms.loha import Loha, loha_form, read_loha
@@ -54,6 +54,7 @@ __all__ = [
     "form_of",
     "read_adapter",
     "read_matrices",
+    "taken_apart",
     "weight_shape",
 ]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_convert.converters.adapters import Adapter, Base, Dora, Lora
+from lora_convert.converters.adapters import Adapter, Base, Lora, taken_apart
 from lora_convert.converters.folding import rescaled
 from lora_convert.converters.spectra import ChangeError, relative_difference
 from lora_convert.converters.values import peak
@@ -118,7 +118,7 @@ def relative_error(source: Lora, output: Lora) -> float:
 
 def change_norm(adapter: Adapter, base: Base | None = None) -> float | None:
     """‖ΔW‖ of the weight, of DoRA that inside; None if it depends on a base model that is not given."""
-    inner = adapter.inner if isinstance(adapter, Dora) and adapter.axis == "out" else adapter
+    inner, _ = taken_apart(adapter)
     try:
         wide = _wide(inner.to_lora(base))
     except BaseNeeded:
@@ -136,11 +136,13 @@ def change_error(theirs: Adapter, ours: Adapter, base: Base | None = None) -> Ch
     """
     if _same(theirs, ours):
         return ChangeError(0.0)
-    if not isinstance(ours, Dora):
+    inner, magnitude = taken_apart(ours)
+    if magnitude is None:
         return _parts(theirs, ours, base)
-    expected = theirs.magnitude if isinstance(theirs, Dora) else _norms(ours.inner, base)
-    inner = _parts(theirs.inner if isinstance(theirs, Dora) else theirs, ours.inner, base)
-    return ChangeError(inner.weight, max(inner.beside, _vector_error(expected, ours.magnitude)))
+    source, expected = taken_apart(theirs)
+    found = _parts(source, inner, base)
+    lengths = _vector_error(_norms(inner, base) if expected is None else expected, magnitude)
+    return ChangeError(found.weight, max(found.beside, lengths))
 
 
 def _parts(theirs: Adapter, ours: Adapter, base: Base | None) -> ChangeError:

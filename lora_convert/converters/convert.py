@@ -24,7 +24,6 @@ from lora_convert.converters.native import CONFIG_NAME, WEIGHTS_NAME, reads_inpu
 from lora_convert.converters.plan import Options, Plan, dora_path, make_plan
 from lora_convert.converters.writer import atomic_file
 from lora_convert.errors import FileError, UsageError, raise_errors
-from lora_convert.families import FAMILIES
 from lora_convert.hashes import sha256_of
 from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import Detection
@@ -262,14 +261,13 @@ def convert(
     """
     asked = _options(options)
     try:
-        with opened(local_path(target, progress), max_header, asked.skip) as source, _base_of(asked) as weights:
+        with opened(local_path(target, progress), max_header, asked.skip) as source:
             planned = _planned(source, asked)
             if planned.ok:
-                _check_base(planned, weights)
-                planned = _resolved(planned, source, weights, progress)
-                planned = _placed(planned, Path(out))
-                _check_places(planned, [target, *beside], force)
-                result = _write(source, planned, weights, validated, progress)
+                _check_places(_placed(planned, Path(out)), [target, *beside], force)
+                with _base_of(asked.base, planned.detection.family) as weights:
+                    planned = _placed(_resolved(planned, source, weights, progress), Path(out))
+                    result = _write(source, planned, weights, validated, progress)
             else:
                 status: Literal["refused", "failed"] = "refused" if planned.status == "refused" else "failed"
                 result = ConvertResult(planned.file, status, planned, findings=planned.findings)
@@ -280,23 +278,13 @@ def convert(
 
 
 @contextlib.contextmanager
-def _base_of(options: Options) -> Iterator[BaseWeights | None]:
-    if options.base is None:
+def _base_of(base: str | Path | None, family: str | None = None) -> Iterator[BaseWeights | None]:
+    """The base model's weights, if one is given. Raises UsageError for one of another family."""
+    if base is None:
         yield None
         return
-    with open_base(options.base) as weights:
+    with open_base(base, family) as weights:
         yield weights
-
-
-def _check_base(planned: Plan, weights: BaseWeights | None) -> None:
-    """Raise UsageError for a base model of another family than the file's."""
-    family = planned.detection.family
-    if weights is not None and family is not None and weights.family != family:
-        titles = FAMILIES[weights.family].title, FAMILIES[family].title
-        raise UsageError(
-            f"the base model {shown(weights.name)} is {titles[0]}, and the file is for {titles[1]}; "
-            f"give a base of {family}"
-        )
 
 
 def _resolved(planned: Plan, source: Source, weights: BaseWeights | None, progress: Progress | None) -> Plan:
@@ -483,7 +471,7 @@ def validate(
     """
     try:
         with contextlib.ExitStack() as stack:
-            weights = stack.enter_context(_base_of(Options(base=base)))
+            weights = stack.enter_context(_base_of(base))
             files = _open_outputs(out, stack, max_header, progress)
             if against is None:
                 result = _verdict_alone([(file, detect(file, family=family, config=config)) for file in files])

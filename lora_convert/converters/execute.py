@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lora_convert.containers import Source
 from lora_convert.containers.dtypes import numpy_dtype
-from lora_convert.converters.adapters import Adapter, Base, Dora, Lora, adapter_of, read_matrices
+from lora_convert.converters.adapters import Adapter, Base, Lora, adapter_of, read_matrices, taken_apart
 from lora_convert.converters.base import BaseWeights
 from lora_convert.converters.fidelity import TOLERANCE
 from lora_convert.converters.folding import Split, rescaled, split_scale
@@ -201,8 +201,7 @@ def _written(
     noticed: Execution,
 ) -> Iterator[tuple[OutputTensor, Array]]:
     """The tensors of targets whose rows one adapter changes."""
-    magnitude = adapter.magnitude if isinstance(adapter, Dora) and adapter.axis == "out" else None
-    inner = adapter.inner if isinstance(adapter, Dora) and magnitude is not None else adapter
+    inner, magnitude = taken_apart(adapter)
     with np.errstate(over="ignore", invalid="ignore"):  # what that leads to is said below
         factors = _of_rank(_product(step, targets[0].name, inner, base, noticed), step.rank)
     if not (_fits_f32(factors.down) and _fits_f32(factors.up)):
@@ -327,8 +326,7 @@ def _before_rounding(max_error: float, group: Sequence[OutputTensor]) -> float:
 
 
 def _rank_for(adapter: Adapter, base: Base | None, max_error: float) -> int:
-    inner = adapter.inner if isinstance(adapter, Dora) and adapter.axis == "out" else adapter
-    return max(1, spectrum(inner, base).rank_for(max_error))
+    return max(1, spectrum(taken_apart(adapter)[0], base).rank_for(max_error))
 
 
 def execute(

@@ -12,7 +12,15 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from lora_convert.containers import Source
-from lora_convert.converters.adapters import ALGORITHMS, Adapter, Base, Dora, form_of, read_adapter, read_matrices
+from lora_convert.converters.adapters import (
+    ALGORITHMS,
+    Adapter,
+    Base,
+    form_of,
+    read_adapter,
+    read_matrices,
+    taken_apart,
+)
 from lora_convert.converters.base import BaseWeights
 from lora_convert.converters.comparing import change_error, change_norm, relative_error
 from lora_convert.converters.metadata import is_truncated
@@ -84,8 +92,7 @@ class _Place:
         return next(adapter for target, adapter, _ in by_target(whole, self.module, base) if target is self.target)
 
     def dtypes(self) -> set[str]:
-        names = [name for part, name in self.module.tensors.items() if part not in ("alpha", "scalar", "on_input")]
-        return {self.source.header.tensors[name].dtype for name in names}
+        return {self.source.header.tensors[name].dtype for name in self.module.values.values()}
 
 
 def _places(files: Sequence[Opened]) -> dict[str, _Place]:
@@ -234,10 +241,9 @@ def _asks_base(theirs: _Place, ours: _Place) -> bool:
 
 def _best_error(source: Adapter, output: Adapter, base: Base | None) -> float:
     """The relative error of the best approximation of the output's rank (Eckart and Young 1936)."""
-    if isinstance(output, Dora):
-        source = source.inner if isinstance(source, Dora) else source
-        output = output.inner
-    return spectrum(source, base).error(output.to_lora().down.shape[0])
+    inner, magnitude = taken_apart(output)
+    within = source if magnitude is None else taken_apart(source)[0]
+    return spectrum(within, base).error(inner.to_lora().down.shape[0])
 
 
 def check_deltas(

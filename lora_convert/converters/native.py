@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from lora_convert.containers import Source
-from lora_convert.containers.dtypes import numpy_dtype
+from lora_convert.containers.dtypes import KEPT_AS, numpy_dtype
 from lora_convert.containers.header import Header
-from lora_convert.converters.adapters import Array, Dora, Form, form_of, read_adapter
+from lora_convert.converters.adapters import Array, Dora, Form, form_of, read_adapter, read_matrices
 from lora_convert.errors import Unrepresentable
 from lora_convert.families import Module
 from lora_convert.inspect.detection import AdaptedModule
@@ -45,9 +45,6 @@ __all__ = [
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-
-_NARROWED: Mapping[str, str] = MappingProxyType({"F8_E4M3": "F16", "F8_E5M2": "F16", "F64": "F32"})
-"""Source dtypes that no pipeline computes in, and what they become."""
 
 _FLATTENED = frozenset({"text_encoder"})
 """Components whose class is `CLIPTextModel`, which has no `text_model.` in its paths since transformers 5.6."""
@@ -116,7 +113,7 @@ class _Place:
         if self.dtype:
             return self.dtype
         stored = {self.header.tensors[self.module.tensors[part]].dtype for part in parts}
-        found = {_NARROWED.get(dtype, dtype) for dtype in stored}
+        found = {KEPT_AS.get(dtype, dtype) for dtype in stored}
         return found.pop() if len(found) == 1 else "F32"
 
     def alpha(self, rank: int) -> float:
@@ -226,7 +223,7 @@ def _loha(place: _Place) -> NativeForm:
 
 
 def _loha_values(source: Source, place: _Place, form: NativeForm) -> dict[str, Array]:
-    values = {part: source.read(name) for part, name in place.module.tensors.items() if part not in ("alpha", "scalar")}
+    values = read_matrices(source, place.module)
     start, stop = place.rows
     for part in ("w1_a", "w2_a"):
         values[part] = values[part][:, start:stop] if "t1" in values else values[part][start:stop]
@@ -338,7 +335,7 @@ def _lokr_shapes(
 
 
 def _lokr_values(source: Source, place: _Place, form: NativeForm) -> dict[str, Array]:
-    values = {part: source.read(name) for part, name in place.module.tensors.items() if part not in ("alpha", "scalar")}
+    values = read_matrices(source, place.module)
     if len(place.module.modules) > 1:
         _, (rows_2, _), _ = _lokr_sides(place)
         start, stop = (row // rows_2 for row in place.rows)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from lora_convert.containers.dtypes import BITS, nbytes, numpy_dtype
+from lora_convert.containers.dtypes import BITS, KEPT_AS, nbytes, numpy_dtype
 from lora_convert.containers.header import Header
-from lora_convert.converters.adapters import Form, form_of
+from lora_convert.converters.adapters import Form, form_of, weight_shape
 from lora_convert.converters.layout import LAYOUTS, Layout, Written
 from lora_convert.converters.native import (
     WEIGHTS_NAME,
@@ -34,8 +35,6 @@ TARGETS = (*LAYOUTS, "peft")
 """What `--to` takes: the layouts, and peft's own form of every algorithm."""
 
 DTYPES: Mapping[str, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-_OUTPUT_DTYPE: Mapping[str, str] = {"F8_E4M3": "F16", "F8_E5M2": "F16", "F64": "F32"}
-"""Source dtypes that Diffusers does not keep, and what they become (F8 fits F16 exactly)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,13 +243,12 @@ def magnitude_of(module: AdaptedModule) -> str | None:
 
 def _output_dtype(header: Header, tensor: str, wanted: str | None) -> str:
     dtype = header.tensors[tensor].dtype
-    return DTYPES[wanted] if wanted else _OUTPUT_DTYPE.get(dtype, dtype)
+    return DTYPES[wanted] if wanted else KEPT_AS.get(dtype, dtype)
 
 
 def _matrices_dtype(module: AdaptedModule, header: Header, wanted: str | None) -> str:
     """The dtype of computed matrices: that of the stored ones, F32 where they differ."""
-    parts = [name for part, name in module.tensors.items() if part not in ("alpha", "scalar", "on_input")]
-    dtypes = {_output_dtype(header, name, wanted) for name in parts}
+    dtypes = {_output_dtype(header, name, wanted) for name in module.values.values()}
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
@@ -288,11 +286,8 @@ _STORED = ("lora", "lora+dora")
 
 def _full_rank(module: AdaptedModule) -> int:
     """The rank that no matrix of the module's shape exceeds."""
-    rows = sum(target.shape[0] for target in module.modules)
-    columns = 1
-    for size in module.modules[0].shape[1:]:
-        columns *= size
-    return min(rows, columns)
+    rows, *columns = weight_shape(module)
+    return min(rows, math.prod(columns))
 
 
 def _draft(module: AdaptedModule, form: Form, options: Options, rank: int | None) -> _Draft:

@@ -193,7 +193,7 @@ def _explained(
     findings += diagnose.unexplained_findings(unexplained, match.family)
     findings += diagnose.partner_findings(groups) + diagnose.misfit_findings(groups, match, header)
     findings += diagnose.duplicate_findings(match, groups) + diagnose.variant_findings(match)
-    used = [t for m in payload for part, t in m.tensors.items() if part not in ("alpha", "scalar", "on_input")]
+    used = [tensor for module in payload for tensor in module.values.values()]
     findings += diagnose.dtype_findings(header, used) + diagnose.alpha_findings(payload, header.metadata)
     if read_alphas and configs is not None:
         findings += diagnose.config_findings(payload, configs)

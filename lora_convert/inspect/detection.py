@@ -15,6 +15,10 @@ from lora_convert.report import SCHEMA, Finding, json_number, severest
 __all__ = ["AdaptedModule", "Detection", "Rival", "example_of"]
 
 
+_SCALARS = ("alpha", "scalar", "on_input")
+"""Fields that hold one number each."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdaptedModule:
     """What the file changes at one place of the base model.
@@ -31,10 +35,15 @@ class AdaptedModule:
     alpha: float | None = None
     scale: float | None = 1.0
 
+    @property
+    def values(self) -> Mapping[str, str]:
+        """Its `tensors` without the scalars: those that hold weights, and can be rounded."""
+        return {part: name for part, name in self.tensors.items() if part not in _SCALARS}
+
 
 def example_of(tensors: Mapping[str, str]) -> str:
     """The name of one of a module's tensors, by which to speak of it: a matrix if there is one."""
-    return tensors[min(tensors, key=("alpha", "scalar", "on_input").__contains__)]
+    return tensors[min(tensors, key=_SCALARS.__contains__)]
 
 
 @dataclass(frozen=True, slots=True)

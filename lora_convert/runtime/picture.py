@@ -75,7 +75,6 @@ FEWEST_PROMPTS = 8
 _DISTURBANCES = 3  # draws of the noise that makes the floor; more of them find a higher one
 _MARGIN = 4.0  # of the floor: another draw of the same noise may move a picture this much more
 _LEAST = 1e-5  # relative distance of latents that is never too much
-_SCALARS = ("alpha", "scalar", "on_input")  # fields that are not rounded when an adapter is
 _LEVEL = 1 / 255  # one level of an 8-bit picture
 
 
@@ -282,8 +281,7 @@ def disturbance_of(files: Iterable[tuple[Source, Detection]], delta_error: float
         source.header.tensors[name].dtype
         for source, found in files
         for module in found.payload
-        for part, name in module.tensors.items()
-        if part not in _SCALARS
+        for name in module.values.values()
     }
     roundoffs = [max(UNIT_ROUNDOFF[dtype], TOLERANCE[dtype]) for dtype in dtypes if dtype in UNIT_ROUNDOFF]
     return max([*roundoffs, delta_error or 0.0, UNIT_ROUNDOFF["F32"]])

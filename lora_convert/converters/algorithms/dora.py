@@ -13,7 +13,7 @@ from lora_convert.converters.algorithms.lora import Lora
 from lora_convert.errors import Unrepresentable
 from lora_convert.inspect.shapes import is_per_input
 
-__all__ = ["Dora", "axis_of", "dora_form", "read_dora"]
+__all__ = ["Dora", "axis_of", "dora_form", "read_dora", "taken_apart"]
 
 Axis = Literal["out", "in"]
 
@@ -48,6 +48,13 @@ class Dora:
 
     def to_lora(self, base: Base | None = None) -> Lora:
         raise Unrepresentable("DoRA rescales the whole weight, and such a change has no low rank")
+
+
+def taken_apart(adapter: Adapter) -> tuple[Adapter, Array | None]:
+    """DoRA per output as the adapter inside it and its magnitudes; any other adapter as it is, and None."""
+    if isinstance(adapter, Dora) and adapter.axis == "out":
+        return adapter.inner, adapter.magnitude
+    return adapter, None
 
 
 def axis_of(shapes: Shapes) -> Axis:
