@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Two spinning thread pools on two cores collapse; every process keeps to one thread.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test lint check test-slow bench tables bases adapters golden clean
+.PHONY: demo test lint check test-slow fuzz fuzz-smoke bench tables bases adapters golden clean
 
 demo: $(VENV)/full
 	$(BIN)/lora-convert demo
@@ -24,6 +24,18 @@ check: $(VENV)/full
 
 test-slow: $(VENV)/full
 	$(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) -m slow
+
+# A coverage-guided fuzzer for each reader (Linux on x86_64), for so many seconds each. Corpus and finds: build/fuzz.
+FUZZ_SECONDS ?= 3600
+fuzz: $(VENV)/fuzz
+	$(BIN)/python -m fuzz.seeds build/fuzz
+	for target in headers pickles pictures; do \
+		$(ONE_THREAD) $(BIN)/python -m fuzz.run $$target build/fuzz -max_total_time=$(FUZZ_SECONDS) || exit; \
+	done
+
+# What CI has time for: one minute in all.
+fuzz-smoke:
+	$(MAKE) fuzz FUZZ_SECONDS=20
 
 bench: $(VENV)/full
 	$(BIN)/python benchmarks/convert.py
@@ -45,10 +57,12 @@ bases: $(VENV)/full
 		$(ONE_THREAD) $(BIN)/python -m training.score $(BASES)/$$base --sheet docs/pictures/$$base.png; \
 	done
 
-# The adapters among the fixtures: trained on these bases by peft and LyCORIS, and of every kind with random values.
+# The adapters among the fixtures: trained on these bases by peft and LyCORIS, and of every kind with random values; and
+# the embeddings that are trained on them.
 adapters: $(VENV)/full
 	$(ONE_THREAD) $(BIN)/python -m training.adapters fixtures/tiny
 	$(ONE_THREAD) $(BIN)/python -m training.kinds fixtures/tiny/kinds
+	$(ONE_THREAD) $(BIN)/python -m training.embeddings fixtures/embeddings/tiny
 
 golden: $(VENV)/full
 	$(ONE_THREAD) $(BIN)/lora-convert golden record fixtures/golden/suite.toml --update
@@ -65,5 +79,9 @@ $(VENV)/full: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,images,runtime]"
 	@touch $@ $(VENV)/light
 
+$(VENV)/fuzz: $(VENV)/full
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) lora-convert-demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build/fuzz lora-convert-demo .mypy_cache .pytest_cache .ruff_cache

@@ -164,13 +164,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        if "unsized body" in self.hub.mode and status < 300:
+        unsized = "unsized body" in self.hub.mode and status < 300
+        if unsized:
             self.send_header("Connection", "close")
         elif self.command != "HEAD" or status != 200:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         cut = "cut" in self.hub.mode and len(body) > 10
-        self.close_connection = self.close_connection or cut or "unsized body" in self.hub.mode
+        self.close_connection = self.close_connection or cut or unsized  # others may be used again, and must not close
         with suppress(ConnectionError):
             for start in range(0, len(body), BLOCK):
                 piece = body[start : start + BLOCK // (1 + cut)]

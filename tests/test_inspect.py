@@ -210,7 +210,6 @@ def test_old_text_encoder_processors(write):
 
 
 KINDS = {
-    "embedding": {"emb_params": (4, 768)},
     "ip-adapter": {"image_proj.proj.weight": (8, 8), "ip_adapter.1.to_k_ip.weight": (8, 8)},
     "checkpoint": {"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3), "first_stage_model.x.weight": (8,)},
     "controlnet": {"control_model.zero_convs.0.0.weight": (8, 8, 1, 1)},
@@ -220,6 +219,7 @@ KINDS = {
         "quant_conv.weight": (8, 8),
     },
     "text-encoder": {"text_model.embeddings.token_embedding.weight": (8, 8)},
+    "optimizer": {"optimizer_state_dict.state.0.exp_avg": (4, 768)},
     "unknown": {"completely.other": (2, 2)},
 }
 
@@ -369,9 +369,11 @@ def test_our_output_does_not_invent_a_trainer(write, tmp_path):
 
 
 def test_known_companions_of_a_lora_are_named(write):
-    tensors = lora(f"{UNET}attn2_to_k", 320, 768) | {"bundle_emb.x.string_to_param.*": np.ones((2, 768), "f4")}
-    (finding,) = lora_convert.identify(write(tensors)).findings
-    assert "textual-inversion" in finding.message and "--skip 'bundle_emb.*'" in finding.fix
+    tensors = lora(f"{UNET}attn2_to_k", 320, 768) | {"bundle_emb.x.string_to_param.*": np.full((2, 768), 0.02, "f4")}
+    found = lora_convert.identify(write(tensors))
+    assert [one.token for one in found.embeddings] == ["x"] and not found.findings
+    (finding,) = lora_convert.identify(write(tensors | {"bundle_emb.x.step": np.ones((2, 3, 4), "f4")})).findings
+    assert finding.name == "unexplained-tensor" and "--skip 'bundle_emb.*'" in finding.fix
 
 
 def test_dora_lost_on_the_way_is_said(write):

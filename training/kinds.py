@@ -260,7 +260,7 @@ def _write_peft(kind: Kind, pipeline: Any, path: Path, rng: np.random.Generator)
     save_file(tensors, path, {"format": "pt"})
 
 
-def _sort_metadata(path: Path) -> None:
+def sort_metadata(path: Path) -> None:
     """Give the metadata an order; safetensors writes its entries in one of chance."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -275,7 +275,7 @@ def write(name: str, path: Path) -> None:
     kind = KINDS[name]
     make = _write_peft if kind.algorithm == "peft" else _write_lycoris
     make(kind, loaded(), path, np.random.default_rng(list(name.encode())))
-    _sort_metadata(path)
+    sort_metadata(path)
 
 
 def read(name: str, path: Path, pipeline: Any) -> dict[str, torch.nn.Module]:

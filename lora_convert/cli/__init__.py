@@ -33,7 +33,7 @@ __all__ = ["cli", "run"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="lora-convert")
 def cli() -> None:
-    """Any LoRA file in, a Diffusers adapter out that provably does the same thing.
+    """Any LoRA or embedding in, one for Diffusers out that provably does the same thing.
 
     \b
     Examples:
@@ -104,10 +104,16 @@ def _outputs(files: tuple[str, ...], out: Path | None) -> Sequence[Path | None]:
 @OUTPUT
 @click.option(
     "--to",
-    type=click.Choice(["diffusers", "kohya", "comfy", "peft"]),
+    type=click.Choice(["diffusers", "kohya", "comfy", "a1111", "peft"]),
     default="diffusers",
-    help="The layout to write (default diffusers; comfy is kohya's, which ComfyUI reads; peft keeps LoHa, LoKr, DoRA, "
-    "(IA)³ and OFT_2 as they are, in a folder per component).",
+    help="The layout to write (default diffusers; comfy and a1111 are kohya's, which ComfyUI and A1111 read; peft "
+    "keeps LoHa, LoKr, DoRA, (IA)³ and OFT_2 as they are, in a folder per component).",
+)
+@click.option(
+    "--token",
+    multiple=True,
+    metavar="WORD",
+    help="What an embedding is called (default: what the file says, else its name); repeat it for several.",
 )
 @rank_options
 @click.option(
@@ -132,6 +138,7 @@ def convert(
     files: tuple[str, ...],
     out: Path | None,
     to: str,
+    token: tuple[str, ...],
     rank: int | None,
     max_error: float | None,
     base: str | None,
@@ -144,10 +151,12 @@ def convert(
     force: bool,
     no_validate: bool,
 ) -> int:
-    """Convert LoRA, LoHa, LoKr, DoRA and other adapter files, and prove the results.
+    """Convert LoRA, LoHa, LoKr, DoRA and other adapter files and embeddings, and prove the results.
 
-    What is a low-rank change becomes a LoRA exactly. What is not needs --rank or --max-error, which write the closest
-    one and say how close, or stays what it is with --to peft, or is baked into a model by `lora-convert merge`.
+    Embeddings (textual inversions, .pt, .safetensors or pictures) become learned_embeds.safetensors, one for each text
+    encoder, and a record that says how to load them. What is a low-rank change becomes a LoRA exactly. What is not
+    needs --rank or --max-error, which write the closest one and say how close, or stays what it is with --to peft, or
+    is baked into a model by `lora-convert merge`.
 
     \b
     Examples:
@@ -156,9 +165,19 @@ def convert(
       lora-convert convert out/pytorch_lora_weights.safetensors --to kohya -o style.safetensors
       lora-convert convert lokr.safetensors --max-error 0.05 -o out/
       lora-convert convert ia3.safetensors --base tiny-sd15 --rank 32 -o out/
+      lora-convert convert EasyNegative.pt -o embeddings/easynegative/
+      lora-convert convert embeddings/easynegative/ --to a1111 -o easynegative.safetensors
       lora-convert convert style.safetensors --dry-run
     """
-    layout = {"to": to, "alpha": alpha, "dtype": dtype, "rank": rank, "max_error": max_error, "base": base}
+    layout = {
+        "to": to,
+        "token": token,
+        "alpha": alpha,
+        "dtype": dtype,
+        "rank": rank,
+        "max_error": max_error,
+        "base": base,
+    }
     return _convert(files, out, layout, reading, as_json, fail_on, dry_run, force, not no_validate)
 
 
@@ -199,7 +218,9 @@ def _convert(
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @OUTPUT
 @rank_options
-@click.option("--to", type=click.Choice(["diffusers", "kohya", "comfy"]), default="diffusers", help="The layout.")
+@click.option(
+    "--to", type=click.Choice(["diffusers", "kohya", "comfy", "a1111"]), default="diffusers", help="The layout."
+)
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="The dtype to write.")
 @reading_options
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")

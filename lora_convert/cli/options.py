@@ -12,12 +12,14 @@ import click
 
 from lora_convert.containers.header import MAX_HEADER, MAX_HEADER_LIMIT
 from lora_convert.errors import UsageError
-from lora_convert.families import FAMILIES
+from lora_convert.families.encoders import EMBEDDING_FAMILIES
 
 __all__ = ["FAIL_ON", "FAMILY", "JSON", "OUTPUT", "device_options", "rank_options", "reading_options", "runtime"]
 
 FAMILY = click.option(
-    "--family", type=click.Choice(list(FAMILIES)), help="The base model's family, where the file fits several."
+    "--family",
+    type=click.Choice(list(EMBEDDING_FAMILIES)),
+    help="The base model's family, where the file fits several.",
 )
 _CONFIG = click.option(
     "--config",

@@ -16,7 +16,7 @@ from lora_convert.cli.grid import MOST_PICTURES, Axis, finite_number, grid_axes,
 from lora_convert.cli.options import device_options, reading_options
 from lora_convert.cli.outcome import exit_status, say
 from lora_convert.errors import FileError, UsageError
-from lora_convert.report import SCHEMA, Finding, counted, printable, shown, to_json
+from lora_convert.report import SCHEMA, Finding, counted, listed, printable, shown, to_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +41,13 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "PIL")
     help="The base model: tiny-sd15 or tiny-sdxl (which come with the package), a folder, a checkpoint or a hub id.",
 )
 @click.option("--prompt", required=True, metavar="TEXT", help="What to draw.")
-@click.option("--negative-prompt", default="", metavar="TEXT", help="What not to draw; needs a --guidance above 1.")
+@click.option(
+    "--negative-prompt",
+    "--negative",
+    default="",
+    metavar="TEXT",
+    help="What not to draw; needs a --guidance above 1.",
+)
 @click.option("--seed", type=int, help="Seed of the first picture (default 0); each further one has the next.")
 @click.option("--steps", type=int, default=20, help="Steps of the sampler (default 20).")
 @click.option("--guidance", type=float, default=4.0, help="How closely to follow the prompt (default 4; 1 is off).")
@@ -81,10 +87,10 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "PIL")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @reading_options
 def render(as_json: bool, fail_on: str, **asked: Any) -> int:
-    """Draw pictures with LoRA files applied to a base model, or with the base model alone.
+    """Draw pictures with LoRA files and embeddings applied to a base model, or with the base model alone.
 
-    FILE may be anything that `convert` reads. A PNG carries as text everything that determined it; the same call draws
-    the same bytes again on the same machine.
+    FILE may be anything that `convert` reads. An embedding acts where its token stands in a prompt. A PNG carries as
+    text everything that determined it; the same call draws the same bytes again on the same machine.
 
     \b
     Examples:
@@ -348,10 +354,12 @@ def _spelling(file: str, reading: Mapping[str, Any], progress: Progress | None) 
     What else may be wrong with it is not judged here: beside a base model that is known it need not be.
     """
     from lora_convert.converters.convert import local_path, output_files
+    from lora_convert.converters.embeddings import embedding_files
     from lora_convert.inspect.identify import identify
 
     path = Path(local_path(file, progress))
-    found = identify(next(iter(output_files(path)), path), **reading)
+    embedded = embedding_files(path) if path.is_dir() else ()
+    found = identify(next(iter((*output_files(path), *embedded)), path), **reading)
     if found.kind == "unknown" and not found.ok:
         raise FileError(found.findings)
     return found.spelling
@@ -373,6 +381,7 @@ def _adapter_content(adapter: Applied) -> dict[str, Any]:
     return {
         "sha256": adapter.sha256,
         "modules": adapter.modules,
+        "tokens": list(adapter.tokens),
         "scale": adapter.scale,
         "warnings": list(adapter.warnings),
     }
@@ -384,4 +393,7 @@ def _adapter_line(adapter: Mapping[str, Any], base: str, family: str | None) -> 
     kind = f" ({family})" if family and family != base else ""
     foreign = adapter["spelling"] not in (None, "diffusers")
     how = f", converted from {adapter['spelling']}'s names" if foreign else ""
-    return f"{name}: {counted(adapter['modules'], 'module')} applied to {printable(base)}{kind}, scale {scale}{how}"
+    what = [counted(adapter["modules"], "module")] if adapter["modules"] or not adapter["tokens"] else []
+    what += [f"{counted(len(adapter['tokens']), 'token')} ({listed(adapter['tokens'])})"] if adapter["tokens"] else []
+    strength = f", scale {scale}" if adapter["modules"] or not adapter["tokens"] else ""
+    return f"{name}: {' and '.join(what)} applied to {printable(base)}{kind}{strength}{how}"

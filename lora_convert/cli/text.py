@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_convert.families import FAMILIES
-from lora_convert.inspect.detection import Detection
+from lora_convert.families.encoders import title_of, usual_norm
+from lora_convert.inspect.detection import Detection, Embedding
 from lora_convert.report import Finding, counted, printable, shown
 
 if TYPE_CHECKING:
     from lora_convert.converters.adapters import Kind
     from lora_convert.converters.convert import ConvertResult, ValidateResult
-    from lora_convert.converters.plan import Plan, Step
+    from lora_convert.converters.plan import EmbeddingStep, Plan, Step
 
 __all__ = [
     "conversion_lines",
@@ -70,15 +70,30 @@ def _distribution(values: Mapping[str, int]) -> str:
 
 def _what(detection: Detection) -> str:
     """One phrase: kind, family, trainer."""
+    family = f"{title_of(detection.family)} ({detection.family})" if detection.family else "an undecided base model"
+    trainer = f", by {detection.trainer}" if detection.trainer else ""
+    if detection.kind == "embedding" and detection.embeddings:
+        tokens = len(detection.embeddings)
+        return f"{'an embedding' if tokens == 1 else f'{tokens} embeddings'} for {family}{trainer}"
     if detection.kind != "lora":
         return {"unknown": "not a file that this version knows"}.get(detection.kind, detection.kind)
     names = [name.split("+") for name in detection.algorithms] or [["lora"]]
     kinds = ", ".join("+".join("LoRA" if part == "lora" else part for part in parts) for parts in names)
-    family = (
-        f"{FAMILIES[detection.family].title} ({detection.family})" if detection.family else "an undecided base model"
-    )
-    trainer = f", by {detection.trainer}" if detection.trainer else ""
-    return f"{kinds} for {family}{trainer}"
+    with_them = f" and {counted(len(detection.embeddings), 'embedding')}" if detection.embeddings else ""
+    return f"{kinds}{with_them} for {family}{trainer}"
+
+
+def _embedding_lines(embedding: Embedding) -> Iterator[str]:
+    """A token, and the vectors of every text encoder with their norms."""
+    yield _row("token", shown(embedding.token) + ("" if embedding.stated else " (the file's name)"))
+    for key, part in embedding.vectors.items():
+        line = f"{counted(part.count, 'vector')} of {part.width} numbers for {key}"
+        if part.norms:
+            extent = " to ".join(dict.fromkeys(f"{norm:.3g}" for norm in (min(part.norms), max(part.norms))))
+            line += f"; norms {extent} (of words about {usual_norm(key, part.width):.2g})"
+        yield _row("vectors", line)
+    for key, part in embedding.outputs.items():
+        yield _row("", f"{counted(part.count, 'vector')} for behind {key}, which only OneTrainer uses")
 
 
 def _module_line(entry: Mapping[str, Any]) -> str:
@@ -98,9 +113,11 @@ def detection_lines(detection: Detection, modules: bool = False) -> Iterator[str
         yield _row("rank", _distribution(detection.ranks)) if detection.ranks else _row("rank", "none")
         yield _row("alpha", _distribution(detection.alphas))
         yield _row("spelling", str(detection.spelling))
+    for embedding in detection.embeddings:
+        yield from _embedding_lines(embedding)
     if detection.dtypes:
         yield _row("tensors", f"{detection.tensors} as {_distribution(detection.dtypes)}, {size(detection.bytes)}")
-    if detection.trigger_words:
+    if detection.trigger_words and detection.kind != "embedding":
         yield _row("trigger words", ", ".join(shown(word) for word in detection.trigger_words))
     facts = "; ".join(f"{label} {shown(value)}" for label, value in (detection.training or {}).items())
     for number, line in enumerate(textwrap.wrap(facts, _WIDTH - _LABEL, break_on_hyphens=False)):
@@ -108,7 +125,9 @@ def detection_lines(detection: Detection, modules: bool = False) -> Iterator[str
     for number, reason in enumerate(detection.evidence):
         yield _row("" if number else "because", printable(reason))
     for number, rival in enumerate(detection.rivals):
-        yield _row("" if number else "not", f"{rival.family} ({rival.modules} modules fit): {printable(rival.reason)}")
+        fit = f" ({rival.modules} modules fit)" if detection.kind == "lora" else ""
+        label = "not" if detection.family or detection.kind == "lora" else "may be"
+        yield _row("" if number else label, f"{rival.family}{fit}: {printable(rival.reason)}")
     for name, value in (detection.hashes or {}).items():
         yield _row(name, value)
     yield from map(_module_line, detection.module_list() if modules else ())
@@ -139,10 +158,27 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         bound = "" if plan.resolved else "at most "
         for output in plan.outputs:
             yield f"  would write {output.path}: {len(output.tensors)} tensors, {bound}{size(output.bytes)}"
-        yield f"  {counted(len(plan.steps), 'module')}, {copied} of them copied byte for byte"
+        if plan.steps:
+            yield f"  {counted(len(plan.steps), 'module')}, {copied} of them copied byte for byte"
+        yield from map(_token_line, plan.embeddings)
     else:
         yield f"  {click.style(plan.status, fg='red')}: nothing would be written"
     yield from finding_lines(plan.findings)
+
+
+def _token_line(step: EmbeddingStep) -> str:
+    return f"  {shown(step.token)}: {counted(step.source.count, 'vector')} for {', '.join(step.outputs)}"
+
+
+def _vectors_line(proof: ValidateResult) -> str:
+    rung = proof.rungs["vectors"]
+    if rung.status == "skipped":
+        return f"not proved: {rung.reason}"
+    vectors, exact, worst = (rung.figures.get(name, 0) for name in ("vectors", "exact_vectors", "worst"))
+    every = "the vector is" if vectors == 1 else f"all {vectors} vectors are"
+    if not worst:
+        return f"proved: {every} the source's, bit for bit"
+    return f"proved: {every} the source's, {exact} exactly; worst error {worst:.1e}"
 
 
 def _proof_line(proof: ValidateResult) -> str:
@@ -185,11 +221,18 @@ def conversion_lines(result: ConvertResult) -> Iterator[str]:
     for output in result.outputs[1:]:
         yield f"{' ' * len(printable(result.file))} → {click.style(printable(output.path), bold=True)}"
     written = size(sum(output.bytes for output in result.outputs))
-    yield f"  {_what(result.plan.detection)}: {counted(len(result.plan.steps), 'module')}, {written}"
+    modules = f"{counted(len(result.plan.steps), 'module')}, " if result.plan.steps else ""
+    yield f"  {_what(result.plan.detection)}: {modules}{written}"
+    yield from map(_token_line, result.plan.embeddings)
     for output in result.outputs:
         yield f"  sha256 {output.sha256}"
-    proof = _proof_line(result.proof) if result.proof else "not proved (--no-validate)"
-    yield "  " + click.style(proof, fg="green" if result.proof else None)
+    proofs = []
+    if result.proof and "delta" in result.proof.rungs:
+        proofs.append(_proof_line(result.proof))
+    if result.proof and "vectors" in result.proof.rungs:
+        proofs.append(_vectors_line(result.proof))
+    for proof in proofs or ["not proved (--no-validate)"]:
+        yield "  " + click.style(proof, fg="green" if proofs else None)
     yield from _cut_lines(result)
     yield from finding_lines(result.findings)
 

@@ -49,7 +49,7 @@ class Limits:
     tensors: int = 20_000
     entries: int = 100_000  # files in a zip archive
     shared: int = 4  # all tensors together may be so many times as large as the file …
-    spare: int = 64 << 20  # … and so many bytes, for views that repeat their elements
+    spare: int = 8 << 20  # … and so many bytes, for views that repeat their elements
     extras: int = 1_000  # plain values beside the tensors that are kept …
     extra: int = 4_096  # … and characters of one
 
@@ -164,7 +164,7 @@ class Array:
     """A numpy array whose elements stand in the pickle itself."""
 
     dtype: str = "U8"
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = (0,)  # until it gets its state
     data: bytes = b""
     fortran: bool = False
 

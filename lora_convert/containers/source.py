@@ -247,8 +247,9 @@ def _reader(target: Target) -> tuple[Reader, str, bool]:
 def read_container(reader: Reader, path: str, max_header: int = MAX_HEADER) -> tuple[Header, Reader]:
     """The header of a file of any container, and the reader that its spans are of.
 
-    Files of `torch.save` are known by their first bytes, whatever their name; their pickle may have `max_header` bytes.
-    Raises FileError as `read_header` does, and for pickles that ask for more than tensors (`unsafe-pickle`).
+    Files of `torch.save` and pictures that carry an embedding are known by their first bytes, whatever their name; a
+    pickle, or a picture's JSON, may have `max_header` bytes. Raises FileError as `read_header` does, for pickles that
+    ask for more than tensors (`unsafe-pickle`) and for pictures that carry nothing (`no-embedding`).
     """
     _check_limit(max_header)
     first = _first_of(reader)
@@ -260,6 +261,10 @@ def read_container(reader: Reader, path: str, max_header: int = MAX_HEADER) -> t
         if first.startswith(_TEXT_PICKLES) and reader.read_at(reader.size - 1, 1) == b".":
             message = "This looks like a pickle of protocol 0 or 1, which PyTorch never writes; nothing of it was run."
             raise FileError([Finding("unsafe-pickle", "error", "", message)])
+        from lora_convert.containers.pictures import is_picture, read_picture
+
+        if is_picture(first):
+            return read_picture(reader, path, max_header)
     return _read_safetensors(reader, path, max_header, first), reader
 
 
@@ -267,13 +272,39 @@ def _read_plain(reader: Reader, path: str, max_header: int) -> tuple[Header, Rea
     return read_header(reader, path, max_header), reader
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # what is wrong with it is said when it is opened
+        return False
+
+
+def _open_folder(folder: Path, max_header: int) -> Source:
+    """The embeddings in a folder, as one file. Raises FileError if there are none, or modules of a LoRA beside them."""
+    from lora_convert.containers.folder import embedding_files, joined
+
+    paths = embedding_files(folder)
+    if not paths or any(folder.glob("pytorch_lora_weights*")):
+        open_path(folder)
+    with contextlib.ExitStack() as stack:
+        parts = []
+        for path in paths:
+            reader = FileReader(open_path(path), owned=True)
+            stack.callback(reader.close)
+            parts.append(read_container(reader, str(path), max_header))
+        stack.pop_all()
+        return Source(*joined(parts, str(folder)))
+
+
 def open_source(target: Target, max_header: int = MAX_HEADER, *, pickles: bool = True) -> Source:
     """Open a weight file and check its header.
 
-    `target` is a path, a `hf://owner/repo/file` address, bytes, or an open binary file (left open, its position kept).
-    Without `pickles` nothing but safetensors is taken. Raises FileError with findings for a bad file, UsageError for a
-    bad call.
+    `target` is a path, a `hf://owner/repo/file` address, bytes, or an open binary file (left open, its position kept);
+    a folder of embeddings (`learned_embeds*.safetensors`) counts as one file. Without `pickles` nothing but safetensors
+    is taken. Raises FileError with findings for a bad file, UsageError for a bad call.
     """
+    if pickles and isinstance(target, str | os.PathLike) and _is_folder(Path(target)):
+        return _open_folder(Path(target), max_header)
     reader, name, remote = _reader(target)
     with contextlib.ExitStack() as stack:
         stack.callback(reader.close)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -16,6 +17,16 @@ from lora_convert.containers import MAX_HEADER, Source, Target, name_of, opened
 from lora_convert.containers.header import MAX_HEADER_LIMIT
 from lora_convert.containers.source import FileReader, chunks_of, open_path, read_header
 from lora_convert.converters.base import BaseWeights, open_base
+from lora_convert.converters.embedding_proof import check_values, check_vectors
+from lora_convert.converters.embeddings import (
+    embedding_files,
+    embedding_paths,
+    embedding_plan,
+    record_of,
+    record_path,
+    with_embeddings,
+    write_embeddings,
+)
 from lora_convert.converters.execute import Truncation, execute, ranks_for
 from lora_convert.converters.fidelity import Opened, Rung, check_deltas, check_numbers, check_structure
 from lora_convert.converters.layout import CANONICAL_NAME
@@ -75,9 +86,9 @@ class ValidateResult:
 
     @property
     def worst_delta_error(self) -> float | None:
-        """Largest relative error of a module's ΔW; None if the delta rung did not run."""
-        worst = self.rungs["delta"].figures.get("worst") if "delta" in self.rungs else None
-        return None if worst is None else float(worst)
+        """Largest relative error of a module's ΔW, or of an embedding's vector; None if nothing was compared."""
+        found = [self.rungs[name].figures.get("worst") for name in ("delta", "vectors") if name in self.rungs]
+        return max((float(worst) for worst in found if worst is not None), default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """The content of `validate --json`."""
@@ -129,6 +140,7 @@ class ConvertResult:
             "trainer": self.detection.trainer if self.detection else None,
             "to": self.plan.layout if self.plan else None,
             "modules": len(self.plan.steps) if self.plan else 0,
+            "embeddings": self.plan.embedding_list() if self.plan and self.ok else [],
             "worst_delta_error": None if worst is None else json_number(worst),
             "truncated": [truncation.as_dict() for truncation in self.truncations],
             "findings": [finding.as_dict() for finding in self.findings],
@@ -148,13 +160,19 @@ def _options(options: Mapping[str, Any]) -> Options:
     unknown = options.keys() - {field.name for field in fields(Options)}
     if unknown:
         raise UsageError(f"there is no option {sorted(unknown)[0]!r}")
-    skip = options.get("skip", ())
-    return Options(**{**options, "skip": (skip,) if isinstance(skip, str) else tuple(skip)}).checked()
+    several = {name: options.get(name, ()) for name in ("skip", "token")}
+    listed_ones = {name: (value,) if isinstance(value, str) else tuple(value) for name, value in several.items()}
+    return Options(**{**options, **listed_ones}).checked()
 
 
 def _planned(source: Source, options: Options) -> Plan:
     found = detect(source, family=options.family, config=options.config)
-    return make_plan(source.header, found, options, reads_input=functools.partial(reads_input, source))
+    if found.kind == "embedding":
+        return embedding_plan(found, options)
+    if options.token and not found.embeddings:
+        raise UsageError(f"--token names embeddings, and there are none in {shown(found.file)}")
+    planned = make_plan(source.header, found, options, reads_input=functools.partial(reads_input, source))
+    return with_embeddings(planned)
 
 
 def plan(
@@ -192,7 +210,8 @@ def _placed(planned: Plan, out: Path) -> Plan:
         raise UsageError(f"--to peft writes a folder for every component; {shown(str(out))} is the name of a file")
     paths = [out / output.path for output in planned.outputs]
     if named:
-        paths = [out, Path(dora_path(str(out)))][: len(paths)]
+        modules = [out, Path(dora_path(str(out)))][: planned.module_files]
+        paths = [*modules, *embedding_paths(planned, out)]
     outputs = tuple(replace(file, path=str(path)) for file, path in zip(planned.outputs, paths, strict=True))
     return replace(planned, outputs=outputs)
 
@@ -210,7 +229,8 @@ def output_files(out: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 def _check_places(planned: Plan, inputs: Sequence[Target], force: bool) -> None:
     """Raise UsageError for outputs that would replace what they must not, or be read together with a stranger."""
-    for path in planned.paths:
+    record = record_path(planned)
+    for path in (*planned.paths, *([record] if record else [])):
         refuse_overwrite(inputs, path, force)
     first = planned.paths[0]
     beside: Sequence[Path] = ()
@@ -250,11 +270,12 @@ def convert(
     strict: bool = False,
     **options: Any,
 ) -> ConvertResult:
-    """Convert a file of adapters and prove the result before it is put in place.
+    """Convert a file of adapters or embeddings and prove the result before it is put in place.
 
-    `out` is a file name ending in `.safetensors`, or a folder. Options: `to` (`diffusers`, `kohya`, `comfy`, `peft`),
-    `family`, `alpha` (`fold`, `header`), `dtype` (`fp16`, `bf16`, `fp32`), `config`, `skip` (patterns of tensor names),
-    `rank` and `max_error` (what may be cut), `base` (the base model, where what is changed depends on it).
+    `out` is a file name ending in `.safetensors`, or a folder. Options: `to` (`diffusers`, `kohya`, `comfy`, `a1111`,
+    `peft`), `token` (what embeddings are called, one name for each), `family`, `alpha` (`fold`, `header`), `dtype`
+    (`fp16`, `bf16`, `fp32`), `config`, `skip` (patterns of tensor names), `rank` and `max_error` (what may be cut),
+    `base` (the base model, where what is changed depends on it).
     `validated=False` leaves the proof out; `beside` are other inputs, which the output must not replace. A bad file
     gives findings and writes nothing, or with `strict` raises FileError; a wrong call (the output exists, an unknown
     option) raises UsageError.
@@ -292,7 +313,7 @@ def _resolved(planned: Plan, source: Source, weights: BaseWeights | None, progre
     if planned.resolved:
         return planned
     ranks = ranks_for(planned, source, weights, _counter(progress, "measuring", len(planned.steps)))
-    return make_plan(source.header, planned.detection, planned.options, ranks)
+    return with_embeddings(make_plan(source.header, planned.detection, planned.options, ranks))
 
 
 class _AbandonedError(Exception):
@@ -317,21 +338,28 @@ def _fill(
     source: Source,
     planned: Plan,
     weights: BaseWeights | None,
-    beside: Executor,
+    source_sha256: Callable[[], str],
     progress: Progress | None,
 ) -> tuple[list[Finding], Sequence[Truncation]]:
-    """Write the outputs' content, while the source is hashed beside it; returns what was noticed and what was cut."""
+    """Write the outputs' content; returns what was noticed and what was cut."""
     if _is_own_output(planned, source):
         for chunk in source.chunks():
             files[0].write(chunk)
         return [], ()
-    source_sha256 = beside.submit(sha256_of, source.chunks())
-    total = sum(tensor.nbytes for tensor in source.header.tensors.values())
-    advance = _counter(progress, "converting", total)
-    metadata = [output_metadata(planned, output, __version__) for output in planned.outputs]
-    noticed = execute(planned, source, files, metadata, source_sha256.result, advance, weights)
-    findings = [*noticed.closing_findings(), *noticed.truncation_findings(planned.options.allowed_error)]
-    return [*findings, *_idle_findings(noticed.idle, planned)], noticed.truncations
+    findings: list[Finding] = []
+    truncations: Sequence[Truncation] = ()
+    if planned.steps:
+        total = sum(tensor.nbytes for tensor in source.header.tensors.values())
+        advance = _counter(progress, "converting", total)
+        modules = replace(planned, outputs=planned.outputs[: planned.module_files])
+        metadata = [output_metadata(planned, output, __version__) for output in modules.outputs]
+        noticed = execute(modules, source, files[: planned.module_files], metadata, source_sha256, advance, weights)
+        findings = [*noticed.closing_findings(), *noticed.truncation_findings(planned.options.allowed_error)]
+        findings += _idle_findings(noticed.idle, planned)
+        truncations = noticed.truncations
+    if planned.embeddings and severest(findings) != "error":
+        findings += write_embeddings(planned, source, files, source_sha256())
+    return findings, truncations
 
 
 def _write(
@@ -347,32 +375,25 @@ def _write(
         with contextlib.ExitStack() as written, contextlib.ExitStack() as read, ThreadPoolExecutor(2) as beside:
             files = [written.enter_context(atomic_file(path)) for path in planned.paths]
             configs = _write_configs(planned, written)
-            said, truncated = _fill(files, source, planned, weights, beside, progress)
+            source_sha256 = beside.submit(sha256_of, source.chunks())
+            said, truncated = _fill(files, source, planned, weights, source_sha256.result, progress)
             findings += said
             if severest(findings) == "error":
                 raise _AbandonedError
+            paths = [*planned.paths, *_write_record(planned, source_sha256.result, files, written)]
             for file in files:
                 file.flush()
             on_disk = [beside.submit(os.fsync, file.fileno()) for file in files]
             readers = [_reader(file, read) for file in files]
             hashes = [beside.submit(sha256_of, chunks_of(reader)) for reader in readers]
             if validated:
-                outputs = [
-                    Source(read_header(reader, str(path), MAX_HEADER_LIMIT), reader)
-                    for reader, path in zip(readers, planned.paths, strict=True)
-                ]
-                family = planned.detection.family
-                found = [
-                    (output, detect(output, family=family, config=config))
-                    for output, config in zip(outputs, configs, strict=True)
-                ]
-                proof = _prove(found, (source, planned.detection), weights, progress)
+                proof = _prove_written(planned, readers, configs, source, weights, progress)
                 findings += [finding for finding in proof.findings if finding.severity == "error"]
                 if not proof.ok:
                     raise _AbandonedError
             records = tuple(
                 OutputRecord(str(path), reader.size, sha256.result())
-                for path, reader, sha256 in zip(planned.paths, readers, hashes, strict=True)
+                for path, reader, sha256 in zip(paths, readers, hashes, strict=True)
             )
             for waiting in on_disk:
                 waiting.result()
@@ -381,6 +402,37 @@ def _write(
         status: Literal["refused", "failed"] = "refused" if refused else "failed"
         return ConvertResult(planned.file, status, planned, (), proof, tuple(findings), tuple(truncated))
     return ConvertResult(planned.file, "converted", planned, records, proof, tuple(findings), tuple(truncated))
+
+
+def _write_record(
+    planned: Plan, source_sha256: Callable[[], str], files: list[BinaryIO], written: contextlib.ExitStack
+) -> list[Path]:
+    """The record of the embeddings, written to its temporary place; `files` gets it too. Its path, if there is one."""
+    path = record_path(planned)
+    if path is None:
+        return []
+    file = written.enter_context(atomic_file(path))
+    content = json.dumps(record_of(planned, source_sha256()), indent=2, ensure_ascii=False)
+    file.write(f"{content}\n".encode())
+    files.append(file)
+    return [path]
+
+
+def _prove_written(
+    planned: Plan,
+    readers: Sequence[FileReader],
+    configs: Sequence[Path | None],
+    source: Source,
+    weights: BaseWeights | None,
+    progress: Progress | None,
+) -> ValidateResult:
+    """The proof of files that were just written, before they are put in place."""
+    family = planned.detection.family
+    found = []
+    for reader, path, config in zip(readers, planned.paths, configs, strict=False):  # the record comes last
+        output = Source(read_header(reader, str(path), MAX_HEADER_LIMIT), reader)
+        found.append((output, detect(output, family=family, config=config)))
+    return _prove(found, (source, planned.detection), weights, progress)
 
 
 def _write_configs(planned: Plan, written: contextlib.ExitStack) -> list[Path | None]:
@@ -405,6 +457,8 @@ def _is_own_output(planned: Plan, source: Source) -> bool:
     """Whether the file is one of ours already and nothing asked for changes it: then its bytes are the output."""
     metadata = source.header.metadata
     if f"{PROVENANCE}version" not in metadata or len(planned.outputs) > 1:
+        return False
+    if any(step.token != metadata.get(f"{PROVENANCE}token") for step in planned.embeddings):
         return False
     output = planned.outputs[0]
     if metadata.get("lora_adapter_metadata") != output.adapter_metadata:
@@ -431,17 +485,24 @@ def _prove(
     outputs: Sequence[Opened], against: Opened, weights: BaseWeights | None, progress: Progress | None
 ) -> ValidateResult:
     """The rungs of the proof, on open outputs against an open source."""
-    advance = _counter(progress, "proving", sum(len(found.payload) for _, found in outputs))
+    truth = against[1]
+    adapters = [(source, found) for source, found in outputs if found.kind != "embedding"]
+    embeddings = [(source, found) for source, found in outputs if found.embeddings]
+    advance = _counter(progress, "proving", sum(len(found.payload) for _, found in adapters))
     structure = check_structure([found for _, found in outputs])
-    if structure.status == "fail":
-        rungs = {"structure": structure}
-    else:
-        rungs = {
-            "structure": structure,
-            "numbers": check_numbers(outputs, [against]),
-            "delta": check_deltas(outputs, [against], weights, advance),
-        }
-    return _verdict(outputs[0][0].header.path, against[1].file, outputs[0][1].family, rungs)
+    rungs = {"structure": structure}
+    if structure.status != "fail":
+        if adapters or truth.payload:
+            rungs["numbers"] = check_numbers(adapters, [against])
+            rungs["delta"] = check_deltas(adapters, [against], weights, advance)
+        elif embeddings:
+            rungs["numbers"] = check_values(embeddings)
+        if truth.embeddings and (embeddings or not truth.payload):
+            rungs["vectors"] = check_vectors(embeddings, against)
+        elif truth.embeddings:
+            reason = "the source carries embeddings, whose files were not given; give the folder"
+            rungs["vectors"] = Rung("skipped", reason)
+    return _verdict(outputs[0][0].header.path, truth.file, outputs[0][1].family, rungs)
 
 
 def _verdict(name: str, against: str | None, family: str | None, rungs: Mapping[str, Rung]) -> ValidateResult:
@@ -501,7 +562,11 @@ class _UnsoundError(Exception):
 
 def _open_outputs(out: Target, stack: contextlib.ExitStack, max_header: int, progress: Progress | None) -> list[Source]:
     local = local_path(out, progress)
-    paths = output_files(local) if isinstance(local, str | os.PathLike) else ()
+    paths: Sequence[Path] = ()
+    if isinstance(local, str | os.PathLike):
+        paths = output_files(local)
+        if Path(local).is_dir():
+            paths = (*paths, *embedding_files(local))
     return [stack.enter_context(opened(path, max_header)) for path in paths or (local,)]
 
 
@@ -520,14 +585,20 @@ def _open_truth(
         truth = detect(source, family=family, config=config)
     except FileError as error:
         raise _UnsoundError(against, error.findings) from None
-    if truth.family is None or not truth.ok:
+    if (truth.family is None and not truth.embeddings) or not truth.ok:
         raise _UnsoundError(against, truth.findings)
     return source, truth
 
 
 def _verdict_alone(outputs: Sequence[Opened]) -> ValidateResult:
     rungs = {"structure": check_structure([found for _, found in outputs])}
+    embeddings = [output for output in outputs if output[1].kind == "embedding"]
+    adapters = [output for output in outputs if output[1].kind != "embedding"]
     if rungs["structure"].status == "pass":
-        rungs["numbers"] = check_numbers(outputs)
-    rungs["delta"] = Rung("skipped", "there is no source to compare with (--against)")
+        numbers = [check_numbers(adapters)] if adapters else []
+        numbers += [check_values(embeddings)] if embeddings else []
+        rungs["numbers"] = max(numbers, key=lambda rung: rung.status == "fail")
+    reason = "there is no source to compare with (--against)"
+    rungs |= {"delta": Rung("skipped", reason)} if adapters else {}
+    rungs |= {"vectors": Rung("skipped", reason)} if embeddings else {}
     return _verdict(outputs[0][0].header.path, None, outputs[0][1].family, rungs)

@@ -186,5 +186,5 @@ class Kohya:
         return "https://github.com/Stability-AI/generative-models" if family.sgm_names else "diffusers"
 
 
-LAYOUTS: Mapping[str, Layout] = {"diffusers": Diffusers(), "kohya": Kohya(), "comfy": Kohya()}
-"""`--to` -> layout. ComfyUI reads Kohya's names for every family so far."""
+LAYOUTS: Mapping[str, Layout] = {"diffusers": Diffusers(), "kohya": Kohya(), "comfy": Kohya(), "a1111": Kohya()}
+"""`--to` -> layout. ComfyUI and A1111 read Kohya's names for every family so far."""

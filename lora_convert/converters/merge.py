@@ -273,7 +273,7 @@ def _detected(source: Source, call: _Call, base: BaseWeights) -> Detection:
     if found.kind == "lora" and found.family is None and call.family is None:
         again = detect(source, family=base.family, config=call.config)
         found = again if again.ok else found
-    if found.family is not None and found.family != base.family:
+    if found.kind == "lora" and found.family is not None and found.family != base.family:
         ours, theirs = FAMILIES[base.family].title, FAMILIES[found.family].title
         said = f"the base model {shown(base.name)} is {ours}, and {shown(name_of(source.header.path))} is for {theirs}"
         raise UsageError(f"{said}; give a base of {found.family}")
@@ -287,8 +287,15 @@ def _unfit(ingredient: Ingredient, base: BaseWeights) -> list[Finding]:
         replace(finding, severity="error") if finding.name in ("unsupported-kind", "unknown-format") else finding
         for finding in found.findings
     ]
+    if found.kind == "embedding":
+        fix = "Load it beside the model; lora-convert convert says how."
+        findings.append(Finding("unsupported-kind", "error", "", "An embedding changes no weights of a model.", fix))
     if found.kind != "lora" or found.family is None:
         return findings
+    for embedding in found.embeddings:
+        message = f"The embedding {shown(embedding.token)} that the file carries is no part of a model's weights."
+        fix = "lora-convert convert writes it as learned_embeds.safetensors."
+        findings.append(Finding("not-merged", "warning", next(iter(embedding.tensors), ""), message, fix))
     lacking: list[str] = []
     unknown: dict[str, int] = {}
     for module in found.payload:

@@ -24,10 +24,21 @@ from lora_convert.converters.refusals import LOSES_TOO_MUCH, not_native, refusal
 from lora_convert.converters.remarks import change_findings, comfyui_findings, kohya_findings, two_files_findings
 from lora_convert.errors import Unrepresentable, UsageError
 from lora_convert.families import FAMILIES, Module
-from lora_convert.inspect.detection import AdaptedModule, Detection
-from lora_convert.report import SCHEMA, Finding, severest
+from lora_convert.inspect.detection import AdaptedModule, Detection, Embedding
+from lora_convert.report import SCHEMA, Finding, printable, severest, shown
 
-__all__ = ["TARGETS", "AlphaMode", "Options", "OutputFile", "OutputTensor", "Plan", "Step", "magnitude_of", "make_plan"]
+__all__ = [
+    "TARGETS",
+    "AlphaMode",
+    "EmbeddingStep",
+    "Options",
+    "OutputFile",
+    "OutputTensor",
+    "Plan",
+    "Step",
+    "magnitude_of",
+    "make_plan",
+]
 
 AlphaMode = Literal["fold", "header"]
 
@@ -42,7 +53,7 @@ class Options:
     """What a user can ask of a conversion.
 
     `rank` and `max_error` (relative Frobenius norm) truncate what has no exact form of that size; `base` is a model
-    whose weights decide what some algorithms change.
+    whose weights decide what some algorithms change. `token` names the embeddings of the file, in their order.
     """
 
     to: str = "diffusers"
@@ -54,6 +65,7 @@ class Options:
     rank: int | None = None
     max_error: float | None = None
     base: str | Path | None = None
+    token: tuple[str, ...] = ()
 
     def checked(self) -> Options:
         """Itself. Raises UsageError for a value that does not exist, or that does not go with another."""
@@ -73,6 +85,7 @@ class Options:
         for name in ("alpha", "rank", "max_error", "base"):
             if self.to == "peft" and getattr(self, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} does not go with --to peft, which keeps what there is")
+        _check_tokens(self.token)
         return self
 
     @property
@@ -84,6 +97,14 @@ class Options:
     def allowed_error(self) -> float:
         """The largest relative error of a module's ΔW that a truncation may cause."""
         return LOSES_TOO_MUCH if self.max_error is None else self.max_error
+
+
+def _check_tokens(tokens: Sequence[str]) -> None:
+    for token in tokens:
+        if not token.strip() or printable(token) != token:
+            raise UsageError(f"--token {shown(repr(token))} is no word to write in a prompt")
+    if len({token.lower() for token in tokens}) < len(tokens):
+        raise UsageError("--token gives one name twice; capitals make no difference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +176,24 @@ class Step:
         return whole and self.fold == 1.0 and not self.retyped and not self.truncated
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddingStep:
+    """What becomes of the vectors of one embedding: the token that is written, and by text encoder the tensor (count,
+    width) that they go to.
+    """
+
+    source: Embedding
+    token: str
+    outputs: Mapping[str, OutputTensor]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A conversion before it runs: shown by `--dry-run`, checked, then executed.
 
-    `outputs` are the files, `steps` say where each of their tensors comes from. `status` is `planned`, `refused`
-    (understood, but not doable as asked) or `failed` (the file is wrong); then there are findings of severity error.
+    `outputs` are the files, those of embeddings last; `steps` and `embeddings` say where each of their tensors comes
+    from. `status` is `planned`, `refused` (understood, but not doable as asked) or `failed` (the file is wrong); then
+    there are findings of severity error.
     Ranks that only the values decide (`--max-error` alone) are stated as bounds until `resolved`.
     """
 
@@ -172,6 +205,7 @@ class Plan:
     steps: tuple[Step, ...] = ()
     findings: tuple[Finding, ...] = ()
     resolved: bool = True
+    embeddings: tuple[EmbeddingStep, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -197,6 +231,16 @@ class Plan:
         """Size of the outputs' tensors."""
         return sum(output.bytes for output in self.outputs)
 
+    @property
+    def module_files(self) -> int:
+        """How many of the outputs hold modules; the others hold embeddings."""
+        ours = [tensor.file for step in self.embeddings for tensor in step.outputs.values()]
+        return min(ours, default=len(self.outputs))
+
+    def embedding_list(self) -> list[dict[str, Any]]:
+        """One entry per embedding: its token, and which tensors become which."""
+        return [_embedding_dict(step) for step in self.embeddings]
+
     def as_dict(self) -> dict[str, Any]:
         """The content of `convert --dry-run --json`."""
         files = [{"path": file.path, "tensors": len(file.tensors), "bytes": file.bytes} for file in self.outputs]
@@ -211,8 +255,15 @@ class Plan:
             "outputs": files if self.ok else [],
             "bounds": not self.resolved,
             "steps": [_step_dict(step) for step in self.steps],
+            "embeddings": self.embedding_list(),
             "findings": [finding.as_dict() for finding in self.findings],
         }
+
+
+def _embedding_dict(step: EmbeddingStep) -> dict[str, Any]:
+    sources = {key: part.tensor for key, part in step.source.vectors.items()}
+    to = {key: tensor.name for key, tensor in step.outputs.items()}
+    return {"token": step.token, "vectors": step.source.count, "from": sources, "to": to}
 
 
 def _step_dict(step: Step) -> dict[str, Any]:
@@ -414,7 +465,7 @@ def _file_order(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
 
 def _refusal(detection: Detection, options: Options) -> Plan | None:
     """The plan that says why nothing can be planned, or None."""
-    if detection.kind != "lora" or detection.family is None:
+    if detection.kind != "lora" or detection.family not in FAMILIES:
         findings = [
             replace(finding, severity="error") if finding.name in ("unsupported-kind", "unknown-format") else finding
             for finding in detection.findings

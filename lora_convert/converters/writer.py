@@ -135,12 +135,24 @@ def _remove_empty(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Give an OSError of the block that names no file (a full disk, when bytes are written) the target's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(target)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
     """A new file that takes the target's place when the block ends well, and vanishes if it does not.
 
-    Raises UsageError if the folder cannot be written to; OSError (a full disk) passes through after cleaning up.
+    Raises UsageError if the folder cannot be written to; OSError (a full disk) passes through after cleaning up, with
+    the target as its `filename`.
     """
-    with contextlib.ExitStack() as cleanup:
+    with _named(target), contextlib.ExitStack() as cleanup:
         make_folder(target.parent, cleanup)
         _remove_litter(target)
         temporary, file = _create(target, cleanup)
@@ -185,9 +197,10 @@ def _remove_scratch(scratch: Path) -> None:
 def scratch_folder(target: Path) -> Iterator[Path]:
     """A new folder beside the target, to build in; it vanishes with all that is still in it when the block ends.
 
-    What a killed process left of its own is removed by the next one. Raises UsageError if it cannot be made.
+    What a killed process left of its own is removed by the next one. Raises UsageError if it cannot be made; an OSError
+    of the block that names no file gets the target as its `filename`.
     """
-    with contextlib.ExitStack() as cleanup:
+    with _named(target), contextlib.ExitStack() as cleanup:
         make_folder(target.parent, cleanup)
         _remove_dead_folders(target)
         yield _create_folder(target, cleanup)

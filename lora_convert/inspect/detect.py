@@ -11,7 +11,8 @@ from pathlib import Path
 from lora_convert.containers import Header, Source
 from lora_convert.errors import FileError, UsageError
 from lora_convert.families import FAMILIES
-from lora_convert.inspect import diagnose, shapes
+from lora_convert.families.encoders import EMBEDDING_FAMILIES
+from lora_convert.inspect import diagnose, embeddings, shapes
 from lora_convert.inspect.config import COMPONENTS, AdapterConfig, find_config, from_metadata, parse_config
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.inspect.facts import training_facts, trigger_words
@@ -94,16 +95,16 @@ def _spelling_evidence(payload: Sequence[AdaptedModule]) -> tuple[str, ...]:
     return tuple(f"{number} modules are spelt as {spelling}" for spelling, number in counts.most_common())
 
 
-def _no_adapter(source: Source, groups: Mapping[str, Group], base: Detection) -> Detection:
+def _no_adapter(source: Source, base: Detection, family: str | None, read_values: bool) -> Detection:
     """A file without a LoRA-like tensor: another kind, or unknown."""
     other = other_kind(source.header)
-    if other is not None and other.kind == "embedding" and any(0 in t.shape for t in source.header.tensors.values()):
-        empty = Finding("empty-file", "error", "", "The embedding has no vectors.")
-        return replace(base, kind="embedding", findings=(*base.findings, empty))
     if other is not None:
         message = f"This is {other.title}, not a LoRA."
-        said = Finding("unsupported-kind", "warning", "", message, "inspect describes it; convert takes LoRA files.")
+        fix = "inspect describes it; convert takes LoRA files and embeddings."
+        said = Finding("unsupported-kind", "warning", "", message, fix)
         return replace(base, kind=other.kind, findings=(*base.findings, said))
+    if embeddings.looks_like_embedding(source.header):
+        return embeddings.describe(source, base, family, read_values=read_values)
     names = tuple(source.header.tensors)
     message = (
         f"None of the {len(names)} tensors has a name that a known trainer writes, for example {listed(names, 3)}."
@@ -116,9 +117,8 @@ def _no_family(source: Source, groups: Mapping[str, Group], choice: Choice, base
     """LoRA-like tensors that no family explains, or that several explain."""
     if choice.findings:
         return replace(base, rivals=choice.rivals, findings=(*base.findings, *choice.findings))
-    other = other_kind(source.header)
-    if other is not None:
-        return _no_adapter(source, groups, base)
+    if other_kind(source.header) is not None:
+        return _no_adapter(source, base, None, False)
     known = next(filter(None, map(names_other_base, groups)), None)
     example = shown(next(iter(groups)))
     message = f"It is an adapter, but its modules ({example}, …) are of no base model that this version knows."
@@ -139,8 +139,8 @@ def detect(
     `family` decides a tie, `config` is a peft `adapter_config.json`. Bad content becomes findings of the result; raises
     UsageError for a family that does not exist.
     """
-    if family is not None and family not in FAMILIES:
-        raise UsageError(f"there is no family {shown(family)!r}; known are {', '.join(FAMILIES)}")
+    if family is not None and family not in EMBEDDING_FAMILIES:
+        raise UsageError(f"there is no family {shown(family)!r}; known are {', '.join(EMBEDDING_FAMILIES)}")
     header = source.header
     dtypes = dict(Counter(tensor.dtype for tensor in header.tensors.values()).most_common())
     base = Detection(
@@ -154,13 +154,24 @@ def detect(
         trigger_words=trigger_words(header.metadata),
         training=training_facts(header.metadata),
     )
-    groups, strays = group_tensors(header)
+    vectors, numbers = embeddings.bundled(header)
+    beside = {*numbers, *(one.vectors.tensor for one in vectors)}
+    groups, strays = group_tensors(name for name in header.tensors if name not in beside)
     if not any(group.algorithms for group in groups.values()):
-        return _no_adapter(source, groups, base) if header.tensors else replace(base, kind="unknown")
-    choice = choose(groups, header, family)
+        return _no_adapter(source, base, family, read_alphas) if header.tensors else replace(base, kind="unknown")
+    if family is not None and family not in FAMILIES:
+        raise UsageError(f"the modules of {family} are in no table yet, so that no LoRA for it can be read")
+    told = embeddings.family_of(vectors, header) if vectors else None
+    choice = choose(groups, header, family, (told, f"the embedding with them is for {told}") if told else None)
     if choice.match is None:
-        return _no_family(source, groups, choice, base)
-    return _explained(source, groups, strays, choice, base, config, read_alphas)
+        found = _no_family(source, groups, choice, base)
+    else:
+        found = _explained(source, groups, strays, choice, base, config, read_alphas)
+    if vectors:
+        carried, said = embeddings.carried(source, vectors, found.family, read_values=read_alphas)
+        unexplained = tuple(name for name in found.unexplained if name not in beside)
+        found = replace(found, embeddings=carried, unexplained=unexplained, findings=(*found.findings, *said))
+    return found
 
 
 def _explained(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 from lora_convert.families import Module
 from lora_convert.report import SCHEMA, Finding, json_number, severest
 
-__all__ = ["AdaptedModule", "Detection", "Rival", "example_of"]
+__all__ = ["AdaptedModule", "Detection", "Embedding", "Rival", "Vectors", "example_of"]
 
 
 _SCALARS = ("alpha", "scalar", "on_input")
@@ -47,6 +48,67 @@ def example_of(tensors: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Vectors:
+    """A tensor that holds `count` vectors of one text encoder, each `width` wide, stored as (count, width) or (width,).
+
+    `norms` are their L2 norms, in float64; None if they were not read.
+    """
+
+    tensor: str
+    count: int
+    width: int
+    dtype: str
+    norms: tuple[float, ...] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        norms = None
+        if self.norms:
+            values = {"least": min(self.norms), "median": median(self.norms), "largest": max(self.norms)}
+            norms = {name: json_number(value) for name, value in values.items()}
+        return {
+            "tensor": self.tensor,
+            "vectors": self.count,
+            "width": self.width,
+            "dtype": self.dtype,
+            "norms": norms,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A textual-inversion embedding: a token, and the vectors that stand for it in each text encoder.
+
+    `vectors` are by the encoder's key (`clip_l`, `clip_h`, `clip_g`, `t5xxl`); row k of all encoders belongs together.
+    `outputs` are OneTrainer's vectors that are put in behind the encoder, which no other program does. `stated` says
+    that the file itself gives the token, else it is the file's name.
+    """
+
+    token: str
+    vectors: Mapping[str, Vectors]
+    outputs: Mapping[str, Vectors] = field(default_factory=dict)
+    stated: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "token": self.token,
+            "stated": self.stated,
+            "vectors": self.count,
+            "encoders": {key: part.as_dict() for key, part in self.vectors.items()},
+            "outputs": {key: part.as_dict() for key, part in self.outputs.items()},
+        }
+
+    @property
+    def count(self) -> int:
+        """Number of vectors."""
+        return max((part.count for part in self.vectors.values()), default=0)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors that belong to it."""
+        return tuple(part.tensor for part in (*self.vectors.values(), *self.outputs.values()))
+
+
+@dataclass(frozen=True, slots=True)
 class Rival:
     """Another family that was considered, and why it was not chosen (or cannot be told apart)."""
 
@@ -60,7 +122,8 @@ class Rival:
 
 @dataclass(frozen=True)
 class Detection:
-    """What a file is, why, and what else it could be. `payload` holds the adapted modules of a LoRA-like file.
+    """What a file is, why, and what else it could be. `payload` holds the adapted modules of a LoRA-like file,
+    `embeddings` those of an embedding file, or the ones that a LoRA carries with it.
 
     `kind` is `lora`, `embedding`, `ip-adapter`, `checkpoint`, `controlnet`, `vae`, … or `unknown`; `family` and
     `trainer` are None where the file does not tell.
@@ -71,6 +134,7 @@ class Detection:
     family: str | None = None
     trainer: str | None = None
     payload: tuple[AdaptedModule, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
     evidence: tuple[str, ...] = ()
     rivals: tuple[Rival, ...] = ()
     unexplained: tuple[str, ...] = ()
@@ -146,6 +210,7 @@ class Detection:
             "components": dict(self.components),
             "ranks": dict(self.ranks),
             "alphas": dict(self.alphas),
+            "embeddings": [embedding.as_dict() for embedding in self.embeddings],
             "dtypes": dict(self.dtypes or {}),
             "tensors": self.tensors,
             "bytes": self.bytes,

@@ -45,8 +45,7 @@ def capped(findings: list[Finding], what: str) -> list[Finding]:
 
 
 _COMPANIONS: Mapping[str, tuple[str, str]] = {
-    r"bundle_emb\.": ("It is of a textual-inversion embedding bundled with the LoRA.", "--skip 'bundle_emb.*'"),
-    r"<.+>$": ("It is a textual-inversion embedding saved with the LoRA.", "--skip '<*>'"),
+    r"bundle_emb\.": ("It is in a bundled embedding's place, but holds no vectors.", "--skip 'bundle_emb.*'"),
     r".*position_ids$": ("It is a counter of positions, not a trained weight.", "--skip '*position_ids'"),
 }
 """Tensors of other kinds that real files carry beside a LoRA: what they are, and how to leave them out."""
@@ -60,7 +59,7 @@ def unexplained_findings(names: Sequence[str], family: Family) -> list[Finding]:
         fix = "Is it misspelt, or made for another base model? --skip PATTERN leaves tensors out."
         for pattern, (what, skip) in _COMPANIONS.items():
             if re.match(pattern, name):
-                message, fix = f"{what} It cannot be converted yet.", f"{skip} leaves it out."
+                message, fix = f"{what}", f"{skip} leaves it out."
         findings.append(Finding("unexplained-tensor", "error", name, message, fix))
     return capped(findings, "tensors are unexplained")
 

@@ -10,10 +10,6 @@ from lora_convert.containers import Header
 
 __all__ = ["OTHER_BASES", "OtherKind", "names_other_base", "other_kind"]
 
-_WIDTHS = frozenset({768, 1024, 1280, 4096})
-_MOST_TOKENS = 64
-_EMBEDDING = "a textual-inversion embedding"
-
 
 @dataclass(frozen=True, slots=True)
 class OtherKind:
@@ -28,15 +24,6 @@ def _any(*patterns: str) -> Callable[[Header], bool]:
     """A test: some tensor's name begins like one of the patterns."""
     compiled = re.compile("|".join(patterns))
     return lambda header: any(compiled.match(name) for name in header.tensors)
-
-
-def _is_embedding(header: Header) -> bool:
-    """A few vectors as wide as a text encoder's, under names without a module path."""
-    tensors = header.tensors
-    return 0 < len(tensors) <= _MOST_TOKENS and all(
-        len(tensor.shape) in (1, 2) and tensor.shape[-1] in _WIDTHS and not name.endswith((".weight", ".bias"))
-        for name, tensor in tensors.items()
-    )
 
 
 OTHER_KINDS: Sequence[OtherKind] = (
@@ -75,8 +62,11 @@ OTHER_KINDS: Sequence[OtherKind] = (
         "a whole text encoder",
         _any(r"(text_model\.)?embeddings\.token_embedding\.weight$", r"text_model\.encoder\.layers\.0\.layer_norm1\."),
     ),
-    OtherKind("embedding", _EMBEDDING, _any(r"(.*\.)?(emb_params|emp_params|string_to_param\.\*)$")),
-    OtherKind("embedding", _EMBEDDING, _is_embedding),
+    OtherKind(
+        "optimizer",
+        "the state of an optimizer, as AUTOMATIC1111 saves it beside an embedding (the file without .optim)",
+        _any(r"optimizer_state_dict\."),
+    ),
 )
 """Tried in this order on files without any adapter that the tables explain."""
 

@@ -67,11 +67,11 @@ class Match:
         return len(self.fitted) + len(self.misfits)
 
 
-def group_tensors(header: Header) -> tuple[dict[str, Group], list[str]]:
+def group_tensors(names: Iterable[str]) -> tuple[dict[str, Group], list[str]]:
     """Tensors by module part, and the names that end in no known parameter."""
     groups: dict[str, Group] = {}
     strays = []
-    for tensor in header.tensors:
+    for tensor in names:
         numbered = _NUMBERED.fullmatch(tensor)
         if numbered:
             part, field_name, algorithm = f"{numbered[1]}:{numbered[2]}", numbered[3], "lora"
@@ -174,8 +174,13 @@ def _rivals(matches: Sequence[Match], chosen: Match | None, groups: Mapping[str,
     )
 
 
-def choose(groups: Mapping[str, Group], header: Header, wanted: str | None) -> Choice:
-    """The family that explains most, if that is most of the file and no other explains as much."""
+def choose(
+    groups: Mapping[str, Group], header: Header, wanted: str | None, hint: tuple[str, str] | None = None
+) -> Choice:
+    """The family that explains most, if that is most of the file and no other explains as much.
+
+    In a tie the metadata decides, or else `hint`: a family, and the reason.
+    """
     families = [FAMILIES[wanted]] if wanted else list(FAMILIES.values())
     matches = [_match(family, groups, header) for family in families]
     ranked = sorted(matches, key=lambda match: match.score, reverse=True)
@@ -191,7 +196,7 @@ def choose(groups: Mapping[str, Group], header: Header, wanted: str | None) -> C
     evidence = f"{len(best.fitted)} of {total} modules have names and shapes of"
     if len(tied) == 1:
         return Choice(best, (f"{evidence} {best.family.title}",), _rivals(ranked, best, groups))
-    best_of_tied, reason = _tie_break(tied, header)
+    best_of_tied, reason = _tie_break(tied, header, hint)
     if best_of_tied is None:
         return Choice(None, rivals=_tie(tied), findings=(_ambiguous(tied, total),))
     others = _tie([match for match in tied if match is not best_of_tied])
@@ -199,9 +204,9 @@ def choose(groups: Mapping[str, Group], header: Header, wanted: str | None) -> C
     return Choice(best_of_tied, said, (*others, *_rivals(ranked[len(tied) :], best_of_tied, groups)))
 
 
-def _tie_break(tied: Sequence[Match], header: Header) -> tuple[Match | None, str]:
+def _tie_break(tied: Sequence[Match], header: Header, hint: tuple[str, str] | None = None) -> tuple[Match | None, str]:
     """The family that the metadata names, else the one whose convolutions are stored as convolutions; and why."""
-    hints = family_hints(header.metadata)
+    hints = family_hints(header.metadata) or dict([hint] if hint else ())
     hinted = [match for match in tied if match.family.name in hints]
     if len(hinted) == 1:
         return hinted[0], hints[hinted[0].family.name]

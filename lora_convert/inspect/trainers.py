@@ -74,10 +74,10 @@ _FAMILY_HINTS: Sequence[tuple[str, str, str]] = (
     ("modelspec.architecture", "stable-diffusion-v2", "sd21"),
     ("modelspec.architecture", "stable-diffusion-v1", "sd15"),
     ("ss_v2", "True", "sd21"),
-    ("lora_convert.family", "sdxl-refiner", "sdxl-refiner"),
-    ("lora_convert.family", "sdxl", "sdxl"),
-    ("lora_convert.family", "sd21", "sd21"),
-    ("lora_convert.family", "sd15", "sd15"),
+    *(
+        ("lora_convert.family", family, family)
+        for family in ("sdxl-refiner", "sdxl", "sd21", "sd15", "sd3", "flux", "tiny-sdxl", "tiny-sd15")
+    ),
 )
 """Rows of (metadata key, how its value begins, the family it speaks for); the first that matches a key counts."""
 

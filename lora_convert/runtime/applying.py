@@ -1,4 +1,4 @@
-"""Adapters on a live pipeline: loaded by its own loader, counted module by module, scaled, and taken off again."""
+"""Adapters and embeddings on a live pipeline: loaded, counted module by module, scaled, and taken off again."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from lora_convert.containers import MAX_HEADER, Header, Source, opened
 from lora_convert.converters.adapters import Adapter, Dora, Lora, read_adapter
 from lora_convert.converters.convert import convert, local_path, output_files, plan
+from lora_convert.converters.embeddings import embedding_files
 from lora_convert.converters.layout import CANONICAL_NAME
 from lora_convert.converters.native import CONFIG_NAME
 from lora_convert.converters.plan import Plan, dora_path
@@ -27,6 +28,7 @@ from lora_convert.inspect.detect import detect
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.report import MOST_FINDINGS, Finding, counted, shown
 from lora_convert.runtime.architectures import canonical_prefix
+from lora_convert.runtime.embedding import Word, is_placed, place, read_words, take_off, unused
 from lora_convert.runtime.loading import (
     LiveAdapters,
     LoadingError,
@@ -53,26 +55,32 @@ __all__ = ["Applied", "Scale", "applied", "apply"]
 
 
 class Applied:
-    """An adapter on a pipeline. As a context manager it is removed at the end of the block.
+    """An adapter on a pipeline, or embeddings, or both. As a context manager it is removed at the end of the block.
 
     `names` are what the pipeline calls it, several where several files or folders make it up, and `name` the first of
-    them; `file` is what the user called its file or folder (without folders above), `sha256` that of the file as given
-    or, of several, of their list (`SHA-256  name`, as sha256sum prints it); `family` its base model's, `modules` the
-    number of modules that it adapts, `warnings` the loader's, `findings` what else there was to say of the file.
+    them; of embeddings alone they are their `tokens`, the words that a prompt has them by. `file` is what the user
+    called its file or folder (without folders above), `sha256` that of the file as given or, of several, of their list
+    (`SHA-256  name`, as sha256sum prints it); `family` its base model's, `modules` the number of modules that it
+    adapts, `warnings` the loader's, `findings` what else there was to say of the file.
     """
 
-    def __init__(self, pipeline: Any, given: _Given, live: Sequence[_Live], scale: Scale) -> None:
-        self.names = tuple(part.name for part in live)
+    def __init__(
+        self, pipeline: Any, given: _Given, live: Sequence[_Live], scale: Scale, findings: Sequence[Finding] = ()
+    ) -> None:
+        self.tokens = tuple(word.token for word in given.words)
+        self.names = tuple(part.name for part in live) or self.tokens
         self.file, self.sha256, self.family = given.called, given.sha256, given.family
         self.warnings = tuple(dict.fromkeys(message for part in live for message in part.warnings))
-        self.findings = (*given.findings, *(finding for part in live for finding in part.findings))
-        self._pipeline = pipeline
+        self.findings = (*given.findings, *(finding for part in live for finding in part.findings), *findings)
+        self._pipeline, self._words = pipeline, given.words
         self._scales = {part.name: part.scales for part in live}
         self._removed = False
         self.set_scale(scale)
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {self.file}, {self.modules} modules, scale {self.scale}>"
+        what = [f"{self.modules} modules, scale {self.scale}"] if self._scales else []
+        what += [f"tokens {', '.join(self.tokens)}"] if self.tokens else []
+        return f"<{self.name}: {self.file}, {', '.join(what)}>"
 
     def __enter__(self) -> Self:
         return self
@@ -100,13 +108,16 @@ class Applied:
         resnets of the mid block at 1 and fails on `conv_in`, and it would undo this.
 
         Of a DoRA peft scales ΔW before it takes the norm, m · (W + s·ΔW) / ‖W + s·ΔW‖, while its trainers scale the
-        whole change: at 1 the two agree, at 0 the magnitude is still there. (IA)³ and OFT have no strength. Raises
-        UsageError, naming the key, for a scale that is wrong, for one other than 1 of a module that has no strength,
-        or if the adapter has been removed.
+        whole change: at 1 the two agree, at 0 the magnitude is still there. (IA)³, OFT and embeddings have no strength;
+        those that come with an adapter stay as they are. Raises UsageError, naming the key, for a scale that is wrong,
+        for one other than 1 of what has no strength, or if the adapter has been removed.
         """
+        if not self._scales:
+            self._set_no_scale(scale)
+            return
         scales = scales_by_module(scale, self.family)
         components = live_components(self._pipeline)
-        found = {name: adapted_layers(components, name) for name in self.names}
+        found = {name: adapted_layers(components, name) for name in self._scales}
         if not self.is_live() or not any(found.values()):
             raise UsageError(f"{shown(self.file)} has been removed from the pipeline; apply it again")
         for name, layers in found.items():
@@ -121,10 +132,22 @@ class Applied:
                     layer.scaling[name] = own * scales[module]
         self._scale = plain_scale(scale)
 
+    def _set_no_scale(self, scale: Scale) -> None:
+        """The only scale of embeddings."""
+        if isinstance(scale, Mapping) or scale != 1:
+            said = f"{shown(self.file)} is an embedding, which has no strength: it applies with the scale 1"
+            raise UsageError(f"{said}; write its token several times, or with fewer words around it")
+        self._scale = 1.0
+
     def is_live(self) -> bool:
         """Whether the adapter is on its pipeline: not removed, here or by the pipeline's own methods."""
         configs = [getattr(model, "peft_config", {}) for model in live_components(self._pipeline).values()]
-        return not self._removed and any(name in config for config in configs for name in self.names)
+        adapted = any(name in config for config in configs for name in self._scales)
+        return not self._removed and (adapted or any(is_placed(self._pipeline, word) for word in self._words))
+
+    def unused(self, texts: Sequence[str]) -> bool:
+        """Whether it has tokens and none of them stands in any of the texts, which are prompts."""
+        return bool(self._words) and unused(self._pipeline, self._words, texts)
 
     def remove(self) -> None:
         """Take the adapter off. Other adapters stay as they are, and without any the pipeline is what it was before,
@@ -132,8 +155,9 @@ class Applied:
         """
         if not self._removed:
             self._removed = True
-            for name in reversed(self.names):
+            for name in reversed(self._scales):
                 _detach(live_components(self._pipeline), name)
+            take_off(self._pipeline, self._words)
             _registered(self._pipeline).remove(self)
 
 
@@ -150,8 +174,16 @@ def applied(pipeline: Any) -> tuple[Applied, ...]:
     return tuple(adapter for adapter in _registered(pipeline) if adapter.is_live())
 
 
-def apply(pipeline: Any, file: str | Path, scale: Scale = 1.0, *, family: str | None = None, **reading: Any) -> Applied:
-    """Load an adapter onto a pipeline, beside those that it has; all of them are active together.
+def apply(
+    pipeline: Any,
+    file: str | Path,
+    scale: Scale = 1.0,
+    *,
+    token: str | Sequence[str] | None = None,
+    family: str | None = None,
+    **reading: Any,
+) -> Applied:
+    """Load an adapter or embeddings onto a pipeline, beside those that it has; all of them are active together.
 
     `file` is a path or `hf://` address of any file that `convert` takes without more being said, or a folder that it
     wrote: a canonical one (two files where only some modules are DoRA) or one of `--to peft`. A file in the canonical
@@ -161,25 +193,32 @@ def apply(pipeline: Any, file: str | Path, scale: Scale = 1.0, *, family: str | 
     the pipeline's dtype). `reading` are options of `convert` that say how to read a file: `config`, `skip`,
     `max_header`.
 
+    Of an embedding all vectors are read where its token stands in a prompt or negative prompt as a whole word, in any
+    capitals, be it in the vocabulary or not; `token` gives others, one for each embedding of the file. Tokens that
+    `load_textual_inversion` loaded before go on working; it is refused until the embeddings are removed. A LoRA file
+    that carries embeddings gives both.
+
     Where a DoRA shares a module with other adapters, those add to it whatever the order in which they came; of two
     DoRAs on one module the later one rescales the other, which `merge` does not.
 
     Raises UsageError for a base model of another family than the file's, a pipeline with fused adapters, a folder that
-    is no adapter, or a scale that is wrong; FileError for a bad file or one that has no exact form here, and with the
-    findings `module-not-loaded` if a module did not arrive, whatever the loader says, or `overflow` if values do not
-    fit the pipeline's dtype. Then the pipeline is left as it was.
+    is no adapter, a scale that is wrong, or a token that is in use; FileError for a bad file or one that has no exact
+    form here, and with the findings `module-not-loaded` if a module did not arrive, whatever the loader says, or
+    `overflow` if values do not fit the pipeline's dtype. Then the pipeline is left as it was.
     """
     path = Path(local_path(str(file)))
     components = live_components(pipeline)
     _refuse_fused(components)
-    with _given(path, str(file), family, pipeline, reading) as given:
+    with _given(path, str(file), family, pipeline, reading, token) as given:
         scales_by_module(scale, given.family)
         live: list[_Live] = []
         try:
             for part in given.parts:
                 live.append(_load(pipeline, components, part, _free_name(components), given.family))
-            adapter = Applied(pipeline, given, live, scale)
+            findings = place(pipeline, given.family, given.words)
+            adapter = Applied(pipeline, given, live, scale, findings)
         except BaseException:
+            take_off(pipeline, given.words)
             for loaded in reversed(live):
                 _detach(components, loaded.name)
             raise
@@ -189,48 +228,65 @@ def apply(pipeline: Any, file: str | Path, scale: Scale = 1.0, *, family: str | 
 
 @dataclass(frozen=True)
 class _Given:
-    """What the user gave, a file or a folder. `parts` are what to load for it: canonical files, or peft's folder."""
+    """What the user gave, a file or a folder. `parts` are what to load for it: canonical files, or peft's folder;
+    `words` the embeddings that are in it.
+    """
 
     called: str
     sha256: str
     family: str
     findings: tuple[Finding, ...]
     parts: tuple[Path, ...]
+    words: tuple[Word, ...] = ()
 
 
 @contextlib.contextmanager
-def _given(path: Path, file: str, family: str | None, pipeline: Any, reading: Mapping[str, Any]) -> Iterator[_Given]:
+def _given(
+    path: Path,
+    file: str,
+    family: str | None,
+    pipeline: Any,
+    reading: Mapping[str, Any],
+    token: str | Sequence[str] | None,
+) -> Iterator[_Given]:
     """Look at what was given, and convert it where that is needed."""
     base, called = family_of(pipeline), file if file.startswith("hf://") else PurePath(file).name
     files = output_files(path) if path.is_dir() else (path,)
-    if not files:
+    embedded = embedding_files(path) if path.is_dir() else ()
+    if not files and not embedded:
         raise UsageError(_no_adapter(path))
-    sha256 = _sha256(files, path, reading)
-    if path.is_dir() and (files[0].parent / CONFIG_NAME).is_file():
+    sha256 = _sha256((*files, *embedded), path, reading)
+    if files and path.is_dir() and (files[0].parent / CONFIG_NAME).is_file():
         if base is None:
             raise UsageError(f"the pipeline is of no family that is known, so that {shown(called)} cannot be placed")
         if asked := sorted(name for name in reading.keys() - {"max_header"} if reading[name]):
             raise UsageError(f"{asked[0]} does not go with {shown(called)}, which peft's own loader reads")
-        yield _Given(called, sha256, base, (), (path,))
+        found = read_words(embedded, called, base, token)
+        yield _Given(called, sha256, base, found.findings, (path,), found.words)
         return
-    plans = [_planned(part, str(part), family, base, reading) for part in files]
+    said = {name: reading[name] for name in ("config", "max_header", "skip") if name in reading}
+    found = read_words((*files, *embedded), called, base, token, family=family, **said)
+    if len(found.files) == len(files) + len(embedded) and (other := sorted(reading.keys() - said.keys())):
+        raise UsageError(f"there is no option {other[0]!r} of reading embeddings")
+    plans = {part: _planned(part, str(part), family, base, reading) for part in files if part not in found.files}
     with contextlib.ExitStack() as temporary:
-        for planned in plans:
+        for planned in plans.values():
             _refuse_absent(live_components(pipeline), planned.detection)
             _refuse_other_kinds(live_components(pipeline), planned.detection)
         parts = [
             canonical
-            for part, planned in zip(files, plans, strict=True)
+            for part, planned in plans.items()
             for canonical in temporary.enter_context(_canonical(part, planned, reading))
         ]
         assert base is not None
-        findings = dict.fromkeys(finding for planned in plans for finding in planned.detection.findings)
-        yield _Given(called, sha256, base, (*findings, *_other_half(files)), tuple(parts))
+        findings = dict.fromkeys(finding for planned in plans.values() for finding in planned.detection.findings)
+        findings |= dict.fromkeys(found.findings)
+        yield _Given(called, sha256, base, (*findings, *_other_half(files)), tuple(parts), found.words)
 
 
 def _other_half(files: Sequence[Path]) -> Iterator[Finding]:
     """The finding that a file was given of which a folder has the other half."""
-    beside = Path(dora_path(str(files[0])))
+    beside = Path(dora_path(str(files[0]))) if files else Path()
     if len(files) == 1 and files[0].name == CANONICAL_NAME and beside.is_file():
         message = f"{shown(beside.name)} lies beside it, with the modules that have magnitudes, and was not applied."
         yield Finding("half-applied", "warning", "", message, "Apply the folder, which takes both.")
@@ -289,7 +345,7 @@ def _canonical(path: Path, planned: Plan, reading: Mapping[str, Any]) -> Iterato
         if not all(step.copies for step in planned.steps):
             asked["dtype"] = "fp32"  # products are rounded to the pipeline's dtype, not to the file's before
         result = convert(path, Path(folder), **{**reading, **asked})
-        yield tuple(Path(output.path) for output in result.outputs)
+        yield output_files(folder) if result.outputs else ()
 
 
 def _is_canonical(planned: Plan, header: Header) -> bool:

@@ -12,6 +12,7 @@ from lora_convert.containers import Source, Target, opened
 from lora_convert.converters.adapters import read_adapter
 from lora_convert.converters.base import open_base
 from lora_convert.converters.convert import Progress, ValidateResult, local_path, output_files, validate
+from lora_convert.converters.embeddings import embedding_files
 from lora_convert.converters.fidelity import Rung
 from lora_convert.errors import FileError, UsageError
 from lora_convert.families import FAMILIES
@@ -65,8 +66,10 @@ def climb(
     `out` is a path or a hub address of a file in the Diffusers layout, a folder of such files or of peft's, or a model
     into which the source was merged (then `against` and `base` are needed); options are those of `validate`. For `load`
     every module must arrive in the real architecture (built without weights) with the values that its tensors have,
-    whatever the loader itself reports; one that does not is the finding `module-not-loaded`. For `picture` the base
-    model (see `open_pipeline`) draws alone, with the source merged into it, and with the output loaded: the last two
+    and every vector of an embedding where a prompt has its token, whatever the loader itself reports; what does not is
+    the finding `module-not-loaded`. For `picture` the base
+    model (see `open_pipeline`) draws alone, with the source merged into it (an embedding's vectors put into prompts by
+    their definition), and with the output loaded: the last two
     must agree within what rounding, and an error that the delta rung let pass, explain. `report` names an HTML page to
     write, `sheet` a PNG with all that was drawn; of what cannot be read there is no report, only the result. Raises
     UsageError for a base that cannot be opened or is of another family.
@@ -82,9 +85,10 @@ def climb(
             raise UsageError(f"{shown(path.resolve().name)} {said} (--against, --base)")
         result, baked = _validate_model(path, str(out), against, base, drawing, progress, options)
     else:
+        options = options if base is None else dict(_with_family(options, base, path, against))
         weights = None if base is None else _fitting(base, path, against, options)
         result = replace(validate(path, against, base=weights, progress=progress, **options), file=str(out))
-        loaded = _load(path, result.family) if result.ok else Rung("skipped", "an earlier rung failed")
+        loaded = _load(path, against, result, options) if result.ok else Rung("skipped", "an earlier rung failed")
         result = _with(result, "load", loaded)
     if base is not None:
         result, gallery = _picture(result, path, against, str(base), drawing or Drawing(), baked, progress, options)
@@ -117,7 +121,7 @@ def _opened(path: Path, against: Target | None, options: Mapping[str, Any]) -> I
     """The files of an output and its source."""
     family, header = options.get("family"), {k: options[k] for k in ("max_header",) if k in options}
     with contextlib.ExitStack() as opens:
-        files = () if is_model(path) else output_files(path) or (path,)
+        files = () if is_model(path) else (*output_files(path), *_embedded(path)) or (path,)
         sources = [opens.enter_context(opened(file, **header)) for file in files]
         outputs = tuple((source, detect(source, family=family)) for source in sources)
         if against is None:
@@ -126,6 +130,29 @@ def _opened(path: Path, against: Target | None, options: Mapping[str, Any]) -> I
         source = opens.enter_context(opened(local_path(against), skip=options.get("skip", ()), **header))
         known = family or next((found.family for _, found in outputs if found.family), None)
         yield ProofFiles(outputs, source, detect(source, family=known, config=options.get("config")))
+
+
+def _embedded(path: Path) -> tuple[Path, ...]:
+    """The files of embeddings in a folder."""
+    return embedding_files(path) if path.is_dir() else ()
+
+
+def _with_family(options: Mapping[str, Any], base: str | Path, path: Path, against: Target | None) -> Mapping[str, Any]:
+    """The options with the base model's family, where the vectors of an embedding fit several. Raises UsageError for a
+    base of none of them.
+    """
+    try:
+        with _opened(path, against, options) as files, open_base(base) as weights:
+            truth, family = files.truth, weights.family
+    except FileError:
+        return options
+    if truth.kind != "embedding" or truth.family is not None or not truth.rivals:
+        return options
+    rivals = [rival.family for rival in truth.rivals]
+    if family not in rivals:
+        said = f"the base model {shown(str(base))} is of the family {family}"
+        raise UsageError(f"{said}, and the file is for {' or '.join(rivals)}; give a base of that")
+    return {**options, "family": family}
 
 
 def _fitting(base: str | Path, path: Path, against: Target | None, options: Mapping[str, Any]) -> str | Path | None:
@@ -199,8 +226,21 @@ def _validate_model(
     return _with(result, "delta", baked.delta), baked
 
 
-def _load(path: Path, family: str | None) -> Rung:
+def _load(path: Path, against: Target | None, result: ValidateResult, options: Mapping[str, Any]) -> Rung:
     """The rung `load` of a file or folder: what arrives, against what is in the files."""
+    with _opened(path, against, options) as files:
+        embeddings = [output for output in files.outputs if output[1].kind == "embedding"]
+        if not embeddings:
+            return _load_adapters(path, result.family)
+        from lora_convert.runtime.embedding_proof import check_loaded, words_of
+
+        words = words_of(embeddings, embeddings if against is None else [(files.source, files.truth)])
+        family = files.truth.family or result.family
+        rung = check_loaded(path, family, words)
+    return rung if len(embeddings) == len(files.outputs) else _together([_load_adapters(path, result.family), rung])
+
+
+def _load_adapters(path: Path, family: str | None) -> Rung:
     if path.is_dir() and any(file.name == "adapter_model.safetensors" for file in output_files(path)):
         return _load_native(path, family)
     return _together([_load_file(file, family) for file in output_files(path)])
@@ -213,8 +253,11 @@ def _together(rungs: Sequence[Rung]) -> Rung:
     bad = [rung for rung in rungs if rung.status != "pass"]
     worst = [rung.figures["worst"] for rung in rungs if rung.figures.get("worst") is not None]
     figures = {
-        "modules": sum(rung.figures.get("modules", 0) for rung in rungs),
-        "loaded": sum(rung.figures.get("loaded", 0) for rung in rungs),
+        **{
+            name: sum(rung.figures.get(name, 0) for rung in rungs)
+            for name in ("modules", "loaded", "vectors", "loaded_vectors")
+            if any(name in rung.figures for rung in rungs)
+        },
         "worst": max(worst, key=float, default=None),
         "warnings": [warning for rung in rungs for warning in rung.figures.get("warnings", ())],
     }

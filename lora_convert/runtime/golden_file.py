@@ -216,6 +216,8 @@ def _adapter_changes(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[st
         name = shown(after["file"])
         if before["sha256"] != after["sha256"]:
             yield f"{name} is another file (sha256 {str(before['sha256'])[:10]}…, now {after['sha256'][:10]}…)"
+        if before.get("tokens") != after.get("tokens"):
+            yield f"tokens of {name} {before.get('tokens')}, now {after.get('tokens')}"
         if before["scale"] != after["scale"]:
             yield f"scale of {name} {before['scale']}, now {after['scale']}"
 

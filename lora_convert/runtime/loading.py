@@ -57,8 +57,14 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 """Of components whose tensors all have one half precision; any other mixture fits into float32."""
 
 
-_NOT_OF_THE_FILE = ("No LoRA keys associated to", "Already found a `peft_config` attribute")
-"""How messages begin that are no news: a component that the file does not concern, a second adapter."""
+_NOT_OF_THE_FILE = (
+    "No LoRA keys associated to",
+    "Already found a `peft_config` attribute",
+    "The new embeddings will be initialized",
+)
+"""How messages begin that are no news: a component that the file does not concern, a second adapter, rows of a table
+before they are filled.
+"""
 
 
 class LoadingError(LoraConvertError):

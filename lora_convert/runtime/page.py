@@ -25,7 +25,16 @@ from lora_convert.report import Finding, printable, shown
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["FileRecord", "ModuleRow", "PromptPictures", "ReportPage", "page_html", "verdict", "write_page"]
+__all__ = [
+    "EmbeddingRow",
+    "FileRecord",
+    "ModuleRow",
+    "PromptPictures",
+    "ReportPage",
+    "page_html",
+    "verdict",
+    "write_page",
+]
 
 Status = Literal["pass", "partial", "fail"]
 
@@ -38,11 +47,12 @@ _SEVERITIES = ("error", "warning", "note")
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 _RUNGS: Mapping[str, str] = {
-    "structure": "Every tensor belongs to a module of the base model and has its shape.",
+    "structure": "Every tensor belongs to a module of the base model, or to an embedding, and has its shape.",
     "numbers": "Finite, not all zero, nothing lost to the dtype.",
     "delta": "ΔW of every module against the source’s.",
-    "load": "Through diffusers’ own loader, or peft’s, every module counted.",
-    "picture": "Same seeds: the result as it loads, against the source merged into the base.",
+    "vectors": "Every vector against the source’s: bit for bit where the dtype is the same.",
+    "load": "Through diffusers’ own loader, or peft’s, every module and vector counted.",
+    "picture": "Same seeds: the result as it loads, against the base that does what the source says.",
 }
 """What each rung of the proof looks at."""
 
@@ -50,6 +60,7 @@ _FAILURES: Mapping[str, str] = {
     "structure": "the tensors do not fit the base model",
     "numbers": "the file holds values that cannot be right",
     "delta": "the {} does not change the weights as the source does",
+    "vectors": "the {} does not have the source’s vectors",
     "load": "not everything in the file arrives in the model",
     "picture": "the {} does not draw what the source draws",
 }
@@ -58,6 +69,7 @@ _LABELS: Mapping[str, str] = {
     "excess": "of the floor",
     "worst": "worst error",
     "exact_modules": "exact",
+    "exact_vectors": "exact",
     "tile_difference": "tile difference",
     "tile_ssim": "tile SSIM",
     "flip": "FLIP",
@@ -96,9 +108,25 @@ class ModuleRow:
         return self.norm / self.base_norm if self.norm is not None and self.base_norm else None
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddingRow:
+    """The vectors of one token for one text encoder: `width` numbers each, of the L2 norms `norms`; `usual` is about
+    that of a word's vector. `error` is the largest relative error against the source's (None where there is none).
+    """
+
+    token: str
+    encoder: str
+    width: int
+    dtype: str
+    norms: tuple[float, ...]
+    usual: float
+    error: float | None = None
+
+
 @dataclass(frozen=True)
 class PromptPictures:
-    """What one prompt and seed draw: the base alone, with the source merged into it, with the converted file loaded.
+    """What one prompt and seed draw: the base alone, the reference (the source merged into it, or an embedding's
+    vectors read by their definition), and the converted file loaded.
 
     `figures` compare converted with reference, `floor` says how far each may be off (with its margin), and `effect`
     compares converted with base; all by the names of `comparing.Difference` or others.
@@ -149,6 +177,7 @@ class ReportPage:
     family: str | None = None
     amplification: float | None = None
     proved: str = "converted file"
+    embeddings: Sequence[EmbeddingRow] = ()
 
 
 def verdict(rungs: Mapping[str, Rung], proved: str = "converted file") -> tuple[Status, str]:
@@ -157,13 +186,13 @@ def verdict(rungs: Mapping[str, Rung], proved: str = "converted file") -> tuple[
     if failed is not None:
         return "fail", f"Failed: {_FAILURES[failed].format(proved) if failed in _FAILURES else failed}"
     passed = {name for name, rung in rungs.items() if rung.status == "pass"}
-    if "delta" not in passed:
+    if not passed & {"delta", "vectors"}:
         return "partial", "Not proved: the file is sound, but it was compared with no source"
-    cut = bool(rungs["delta"].figures.get("truncated_modules"))
+    cut = "delta" in rungs and bool(rungs["delta"].figures.get("truncated_modules"))
     if "picture" in passed:
         return "pass", f"Proved: the {proved} does the same as the source{', but for what was cut' if cut else ''}"
     whose = "the closest of its rank to the source’s" if cut else "the source’s"
-    return "partial", f"Proved without pictures: every weight change is {whose}"
+    return "partial", f"Proved without pictures: every {'weight change' if 'delta' in passed else 'vector'} is {whose}"
 
 
 def write_page(path: str | Path, page: ReportPage) -> None:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +22,15 @@ from PIL import Image
 from lora_convert.containers import Source
 from lora_convert.converters.convert import Progress
 from lora_convert.converters.fidelity import TOLERANCE, Rung
-from lora_convert.errors import UsageError
+from lora_convert.errors import FileError, UsageError
 from lora_convert.families import FAMILIES
+from lora_convert.families.encoders import title_of
 from lora_convert.inspect.detection import Detection
 from lora_convert.report import Finding, listed, shown
 from lora_convert.runtime.applying import apply
 from lora_convert.runtime.comparing import Difference, compare
 from lora_convert.runtime.determinism import deterministic
+from lora_convert.runtime.embedding import Word
 from lora_convert.runtime.pipelines import base_record, family_of, open_pipeline
 from lora_convert.runtime.reference import UNIT_ROUNDOFF, live_modules, merged, roundoff_of
 from lora_convert.runtime.rendering import Settings, draw
@@ -71,6 +74,17 @@ PROMPTS: Mapping[str, tuple[str, ...]] = {
 }
 """What is drawn unless other prompts are given: shapes for the embedded bases, else the field's usual subjects."""
 
+WITH_TOKEN: Mapping[str, tuple[str, ...]] = {
+    "tiny": (
+        "a {}",
+        "{} on a blue background",
+        "a red circle on a blue background, {}",
+        "{}, a yellow star on a black background",
+    ),
+    "": ("a photo of {}", "{} on a table", "a portrait photo of a woman, {}", "{}, a house by a lake, mountains"),
+}
+"""What is drawn with an embedding's token; as many of `PROMPTS` follow, which have it in the negative prompt."""
+
 FEWEST_PROMPTS = 8
 _DISTURBANCES = 3  # draws of the noise that makes the floor; more of them find a higher one
 _MARGIN = 4.0  # of the floor: another draw of the same noise may move a picture this much more
@@ -97,9 +111,13 @@ class Drawing:
     height: int | None = None
 
 
-def prompts_for(family: str) -> tuple[str, ...]:
-    """The eight prompts for bases of a family."""
-    return PROMPTS["tiny" if family.startswith("tiny-") else ""]
+def prompts_for(family: str, tokens: Sequence[str] = ()) -> tuple[str, ...]:
+    """The eight prompts for bases of a family; with tokens of embeddings half of them have these in turn."""
+    size = "tiny" if family.startswith("tiny-") else ""
+    if not tokens:
+        return PROMPTS[size]
+    named = [prompt.format(token) for prompt, token in zip(WITH_TOKEN[size], itertools.cycle(tokens), strict=False)]
+    return (*named, *PROMPTS[size][len(named) :])
 
 
 @dataclass(frozen=True)
@@ -206,12 +224,23 @@ class PictureProof:
 
     @cached_property
     def base(self) -> Drawn:
-        return self._draw()
+        return self.draw()
 
     @cached_property
     def reference(self) -> Drawn:
-        with merged(self.pipeline, self.source, self.found, self.scale):
-            return self._draw()
+        with self.with_source():
+            return self.draw()
+
+    def with_source(
+        self, *, disturbance: float = 0.0, roundoff: float = 0.0, seed: int = 0
+    ) -> AbstractContextManager[Any]:
+        """The base model doing what the source says by its definition, with that much noise in it (see `merged`)."""
+        noise: dict[str, Any] = {"disturbance": disturbance, "roundoff": roundoff, "seed": seed}
+        return merged(self.pipeline, self.source, self.found, self.scale, **noise)
+
+    def settings_of(self, k: int) -> Settings:
+        """How picture k is drawn."""
+        return replace(self.settings, prompt=self.prompts[k], seed=self.settings.seed + k)
 
     def disturbed(self, disturbance: float, roundoff: float = 0.0) -> tuple[Drawn, ...]:
         """What no comparison can see below: the reference with that noise in every change and roundoff of that size in
@@ -224,18 +253,17 @@ class PictureProof:
         return self._disturbed[disturbance, roundoff]
 
     def _noisy(self, disturbance: float, roundoff: float, seed: int) -> Drawn:
-        noise: dict[str, Any] = {"disturbance": disturbance, "roundoff": roundoff, "seed": seed}
-        with merged(self.pipeline, self.source, self.found, self.scale, **noise):
-            return self._draw()
+        with self.with_source(disturbance=disturbance, roundoff=roundoff, seed=seed):
+            return self.draw()
 
     def converted(self, output: str | Path) -> Drawn:
         """Draw with a file or folder as the pipeline's own loader or peft's applies it."""
         with apply(self.pipeline, output, self.scale):
-            return self._draw()
+            return self.draw()
 
     def baked(self, pipeline: Any) -> Drawn:
         """Draw with a model into which the source was merged before."""
-        return self._draw(pipeline)
+        return self.draw(pipeline)
 
     def compare(
         self, drawn: Drawn, disturbance: float, *, roundoff: float = 0.0, rounding: float = 1.0
@@ -250,7 +278,7 @@ class PictureProof:
         floor = [_difference(self.reference, other, k) for other in disturbed]
         latents, pixels = _difference(self.reference, drawn, k)
         return Comparison(
-            self.prompts[k],
+            _label(self.settings_of(k)),
             self.settings.seed + k,
             latents,
             pixels,
@@ -260,10 +288,9 @@ class PictureProof:
             rounding,
         )
 
-    def _draw(self, pipeline: Any = None) -> Drawn:
-        settings = [
-            replace(self.settings, prompt=prompt, seed=self.settings.seed + k) for k, prompt in enumerate(self.prompts)
-        ]
+    def draw(self, pipeline: Any = None) -> Drawn:
+        """Every picture, with the pipeline as it is, or another."""
+        settings = [self.settings_of(k) for k in range(len(self.prompts))]
         with deterministic():
             return Drawn(*draw(pipeline or self.pipeline, settings, progress=self._step))
 
@@ -273,15 +300,20 @@ class PictureProof:
             self._progress("drawing", min(self._done, self.total), self.total)
 
 
+def _label(settings: Settings) -> str:
+    return settings.prompt + (f" (negative: {settings.negative_prompt})" if settings.negative_prompt else "")
+
+
 def disturbance_of(files: Iterable[tuple[Source, Detection]], delta_error: float | None = None) -> float:
-    """The relative error of ΔW that no one can object to: what rounding to the files' dtypes makes, or what the delta
-    rung measured and let pass.
+    """The relative error of ΔW, or of vectors, that no one can object to: what rounding to the files' dtypes makes, or
+    what the delta rung measured and let pass.
     """
     dtypes = {
         source.header.tensors[name].dtype
         for source, found in files
-        for module in found.payload
-        for name in module.values.values()
+        for name in itertools.chain(
+            *(module.values.values() for module in found.payload), *(part.tensors for part in found.embeddings)
+        )
     }
     roundoffs = [max(UNIT_ROUNDOFF[dtype], TOLERANCE[dtype]) for dtype in dtypes if dtype in UNIT_ROUNDOFF]
     return max([*roundoffs, delta_error or 0.0, UNIT_ROUNDOFF["F32"]])
@@ -350,6 +382,8 @@ class Gallery:
     pictures: tuple[Drawn, Drawn, Drawn]
     comparisons: tuple[Comparison, ...]
     base_norms: Mapping[str, float]
+    reference: str = "source merged"
+    """How the second pictures came to be."""
 
 
 def prove(
@@ -377,16 +411,20 @@ def prove(
     family = family_of(pipeline)
     if family != truth.family:
         return _unfit(base, family, truth.family), None
-    prompts = tuple(drawing.prompts) or prompts_for(family)
+    words = _words(outputs, source, truth)
+    prompts = tuple(drawing.prompts) or prompts_for(family, [word.token for word in words])
     if len(prompts) < FEWEST_PROMPTS:  # more seeds of the same prompts, until there are enough pictures
         prompts = tuple(itertools.islice(itertools.cycle(prompts), FEWEST_PROMPTS))
     settings = Settings(
         prompts[0], "", drawing.steps, drawing.guidance, drawing.width, drawing.height, seed=drawing.seed
     ).checked()
-    proof = PictureProof(pipeline, source, truth, settings, prompts, scale=drawing.scale, progress=progress)
+    proof = _proof(pipeline, source, truth, settings, prompts, words, scale=drawing.scale, progress=progress)
     unavoidable = disturbance_of([*outputs, (source, truth)]) if outputs else UNIT_ROUNDOFF["F32"]
     disturbance = max(unavoidable, delta_error or 0.0) if outputs else unavoidable
-    drawn = proof.converted(path) if outputs else proof.baked(open_pipeline(path, drawing.device, drawing.dtype))
+    try:
+        drawn = proof.converted(path) if outputs else proof.baked(open_pipeline(path, drawing.device, drawing.dtype))
+    except FileError as error:
+        return Rung("fail", "the output could not be loaded", findings=error.findings), None
     comparisons = proof.compare(drawn, disturbance, roundoff=roundoff, rounding=unavoidable / disturbance)
     coarse = max(roundoff_of(pipeline.dtype), disturbance, roundoff) > 2 * UNIT_ROUNDOFF["F16"]
     gallery = Gallery(
@@ -397,12 +435,42 @@ def prove(
         (proof.base, proof.reference, drawn),
         comparisons,
         _weight_norms(pipeline, truth),
+        "vectors put in" if words else "source merged",
     )
     return verdict(comparisons, median=coarse), gallery
 
 
+def _words(outputs: Sequence[tuple[Source, Detection]], source: Source, truth: Detection) -> Sequence[Word]:
+    """The source's embeddings, if it is a file of embeddings, by the output's tokens."""
+    from lora_convert.runtime.embedding_proof import words_of
+
+    if truth.kind != "embedding":
+        return ()
+    alone = any(source is output for output, _ in outputs)  # there is no other source than the output itself
+    return words_of(outputs, outputs if alone else [(source, truth)])
+
+
+def _proof(
+    pipeline: Any,
+    source: Source,
+    truth: Detection,
+    settings: Settings,
+    prompts: Sequence[str],
+    words: Sequence[Word],
+    **options: Any,
+) -> PictureProof:
+    from lora_convert.runtime.embedding_proof import EmbeddingProof
+
+    if not words:
+        return PictureProof(pipeline, source, truth, settings, prompts, **options)
+    assert truth.family is not None
+    return EmbeddingProof(pipeline, source, truth, settings, prompts, words=words, family=truth.family, **options)
+
+
 def _check_scale(outputs: Sequence[tuple[Source, Detection]], scale: float) -> None:
     """Refuse what peft scales otherwise than the trainers do; what has no strength is refused when it is applied."""
+    if scale != 1.0 and any(found.kind == "embedding" for _, found in outputs):
+        raise UsageError(f"an embedding has no strength, so that there is nothing to draw at the scale {scale:g}")
     dora = any("dora" in module.algorithm.split("+") for _, found in outputs for module in found.payload)
     if dora and scale != 1.0:
         raise UsageError(f"at the scale {scale:g} readers do not agree on what a DoRA is; compare it at 1")
@@ -410,8 +478,8 @@ def _check_scale(outputs: Sequence[tuple[Source, Detection]], scale: float) -> N
 
 def _unfit(base: str, family: str | None, wanted: str) -> Rung:
     """A base of other widths is worth a note; one of another kind is a mistake."""
-    title = FAMILIES[wanted].title
-    if family is None or not _same_blocks(family, wanted):
+    title = title_of(wanted)
+    if family is None or wanted not in FAMILIES or not _same_blocks(family, wanted):
         said = FAMILIES[family].title if family else "of no family that this version knows"
         raise UsageError(
             f"the base model {shown(base)} is {said}, and the file is for {title}; give a base of {wanted}"

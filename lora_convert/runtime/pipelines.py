@@ -26,6 +26,7 @@ from lora_convert.converters.models import (
     weight_files,
 )
 from lora_convert.errors import LoraConvertError, UsageError
+from lora_convert.families import FAMILIES
 from lora_convert.report import listed, shown
 from lora_convert.runtime import bases
 from lora_convert.runtime.architectures import PIPELINES, canonical_prefix
@@ -47,6 +48,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 _ADAPTABLE = ("unet", "text_encoder", "text_encoder_2")
+_TOKENS = "text_model.embeddings.token_embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,8 @@ def live_components(pipeline: Any) -> dict[str, torch.nn.Module]:
 def family_of(pipeline: Any) -> str | None:
     """The family of a pipeline, by names and shapes of its components; None if it is of none that is known.
 
-    Adapters that are loaded do not matter, and a first convolution of more channels is that of a variant (inpainting).
+    Adapters that are loaded do not matter, nor tokens that were added, and a first convolution of more channels is that
+    of a variant (inpainting).
     """
     return matching_family({name: _live_shapes(model) for name, model in live_components(pipeline).items()})
 
@@ -126,11 +129,25 @@ def family_of(pipeline: Any) -> str | None:
 def _live_shapes(model: torch.nn.Module) -> Shapes:
     prefix = canonical_prefix(model)
     names = ((name.replace(".base_layer.", "."), weight) for name, weight in model.named_parameters())
-    return {
+    shapes = {
         prefix + name.removesuffix(".weight"): tuple(weight.shape)
         for name, weight in names
         if name.endswith(".weight") and ".lora_" not in name
     }
+    if _TOKENS in shapes and (rows := shapes[_TOKENS][0]) > (known := _vocabulary(rows)):
+        shapes[_TOKENS] = (known, *shapes[_TOKENS][1:])
+    return shapes
+
+
+def _vocabulary(rows: int) -> int:
+    """The rows that a table of tokens had before any were added: as many as the largest one of a family has."""
+    sizes = {
+        part.modules[_TOKENS].shape[0]
+        for family in FAMILIES.values()
+        for part in family.components
+        if _TOKENS in part.modules
+    }
+    return max((size for size in sizes if size <= rows), default=rows)
 
 
 def device_of(pipeline: Any) -> torch.device:

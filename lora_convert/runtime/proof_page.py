@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lora_convert._version import __version__
 from lora_convert.converters.adapters import Form, form_of
 from lora_convert.converters.base import open_base
 from lora_convert.converters.convert import ValidateResult
+from lora_convert.converters.embeddings import read_vectors
 from lora_convert.converters.fidelity import module_figures
 from lora_convert.converters.writer import atomic_file
-from lora_convert.families import FAMILIES
+from lora_convert.families.encoders import title_of, usual_norm
 from lora_convert.hashes import sha256_of
 from lora_convert.report import counted
 from lora_convert.runtime.comparing import AMPLIFICATION, compare, difference_map
-from lora_convert.runtime.page import FileRecord, ModuleRow, PromptPictures, ReportPage, verdict, write_page
+from lora_convert.runtime.embedding_proof import words_of
+from lora_convert.runtime.page import (
+    EmbeddingRow,
+    FileRecord,
+    ModuleRow,
+    PromptPictures,
+    ReportPage,
+    verdict,
+    write_page,
+)
 
 if TYPE_CHECKING:
     from lora_convert.runtime.baked import Baked
@@ -52,14 +66,16 @@ def write_proof(
     status, said = verdict(result.rungs, proved)
     records = list(_records(result, files))
     modules = tuple(_baked_rows(baked) if baked else _rows(result, files, gallery, base))
+    embeddings = tuple(_embedding_rows(result, files))
     page = ReportPage(
         title=" → ".join(Path(name).name for name in (result.against, result.file) if name),
         status=status,
         verdict=said,
-        summary=_summary(result, len(modules) or sum(len(found.payload) for _, found in files.outputs)),
+        summary=_summary(result, len(modules) or sum(len(found.payload) for _, found in files.outputs), embeddings),
         rungs=result.rungs,
         pictures=tuple(_pictures(gallery)) if gallery else (),
         modules=modules,
+        embeddings=embeddings,
         findings=result.findings,
         files=records,
         provenance=tuple(_provenance(gallery)),
@@ -106,6 +122,37 @@ def _rows(
             yield ModuleRow(name, kind, module.rank, module.alpha, norm, error, norms.get(name), parts)
 
 
+def _embedding_rows(result: ValidateResult, files: ProofFiles) -> Iterator[EmbeddingRow]:
+    """The vectors of the outputs' embeddings, compared with the source's where there is one."""
+    outputs = [output for output in files.outputs if output[1].embeddings]
+    against = [(files.source, files.truth)] if result.against is not None else outputs
+    truth = {word.token: word.vectors for word in words_of(outputs, against)}
+    for source, found in outputs:
+        for embedding in found.embeddings:
+            for key, vectors in read_vectors(source, embedding).items():
+                wide = vectors.astype(np.float64)
+                error = None
+                if result.against is not None and key in truth.get(embedding.token, {}):
+                    error = _vector_error(truth[embedding.token][key].astype(np.float64), wide)
+                yield EmbeddingRow(
+                    embedding.token,
+                    key,
+                    wide.shape[-1],
+                    embedding.vectors[key].dtype,
+                    tuple(float(norm) for norm in np.linalg.norm(wide, axis=-1)),
+                    usual_norm(key, wide.shape[-1]),
+                    error,
+                )
+
+
+def _vector_error(theirs: NDArray[Any], ours: NDArray[Any]) -> float:
+    """The largest relative error of a vector; infinite where there are not as many."""
+    if theirs.shape != ours.shape:
+        return math.inf
+    norms, distances = np.linalg.norm(theirs, axis=-1), np.linalg.norm(theirs - ours, axis=-1)
+    return float(max(np.where(distances == 0, 0.0, distances / np.where(norms == 0, 1.0, norms)), default=0.0))
+
+
 def _parts(form: Form) -> tuple[str, ...]:
     """What an adapter changes of a module, in words."""
     return tuple(part for part in ("weight", "magnitude", "bias") if getattr(form, part))
@@ -125,19 +172,20 @@ def write_sheet(path: Path, gallery: Gallery) -> None:
 
     rows = list(zip(*(drawn.images for drawn in gallery.pictures), strict=True))
     prompts = [comparison.prompt for comparison in gallery.comparisons]
-    image = sheet(rows, prompts, ("base alone", "reference: source merged", "converted file, loaded"))
+    image = sheet(rows, prompts, ("base alone", f"reference: {gallery.reference}", "converted file, loaded"))
     with atomic_file(path) as file:
         image.save(file, "PNG")
 
 
-def _summary(result: ValidateResult, modules: int) -> str:
+def _summary(result: ValidateResult, modules: int, embeddings: Sequence[EmbeddingRow]) -> str:
     passed = [name for name, rung in result.rungs.items() if rung.status == "pass"]
-    parts = [counted(modules, "module")]
+    parts = [counted(modules, "module")] if modules or not embeddings else []
+    parts += [counted(sum(len(row.norms) for row in embeddings), "vector")] if embeddings else []
     if result.family:
-        parts.append(FAMILIES[result.family].title)
+        parts.append(title_of(result.family))
     if result.worst_delta_error is not None:
-        worst = result.worst_delta_error
-        parts.append(f"worst relative error of a ΔW {worst:.1e}" if worst else "every ΔW exact")
+        worst, what = result.worst_delta_error, "ΔW" if modules or not embeddings else "vector"
+        parts.append(f"worst relative error of a {what} {worst:.1e}" if worst else f"every {what} exact")
     return f"{', '.join(parts)}. Passed: {', '.join(passed) or 'nothing'}."
 
 

@@ -178,7 +178,7 @@ def render(
         raise UsageError(f"the number of pictures must be 1 or more; it is {shown(repr(count))}")
     each = [replace(settings, seed=settings.checked().seed + number).checked() for number in range(count)]
     with deterministic() if reproducible else nullcontext(), _borrowed(pipeline) as own:
-        findings = tuple(_truncations(pipeline, settings))
+        findings = (*_truncations(pipeline, settings), *_unused(pipeline, settings))
         drawn = []
         for number, one in enumerate(each):
             pipeline.scheduler = _scheduler(own, one)
@@ -236,12 +236,36 @@ def _refuse_undrawable(pipeline: Any) -> None:
 
 def _truncations(pipeline: Any, settings: Settings) -> Iterator[Finding]:
     """What of the prompts the text encoder does not read."""
+    readers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
+    tokenizers = [tokenizer for tokenizer in readers if tokenizer is not None]
     longest = int(pipeline.tokenizer.model_max_length)
     for name, text in (("prompt", settings.prompt), ("negative prompt", settings.negative_prompt)):
-        tokens = len(pipeline.tokenizer.tokenize(text)) + 2  # one that begins and one that ends it
+        texts = [(tokenizer, _expanded(pipeline, text, tokenizer)) for tokenizer in tokenizers]
+        # one that begins and one that ends it
+        tokens = max(len(tokenizer.tokenize(expanded)) + 2 for tokenizer, expanded in texts)
         if tokens > longest:
             said = f"It has {tokens} tokens and the text encoder reads {longest}: the end of it has no effect."
             yield Finding("prompt-truncated", "warning", name, said, "Shorten it.")
+
+
+def _expanded(pipeline: Any, text: str, tokenizer: Any) -> str:
+    """The prompt as the pipeline gives it to a tokenizer: `load_textual_inversion` has tokens for several vectors."""
+    convert = getattr(pipeline, "maybe_convert_prompt", None)
+    return text if convert is None else str(convert(text, tokenizer))
+
+
+def _unused(pipeline: Any, settings: Settings) -> Iterator[Finding]:
+    """The embeddings that were applied for nothing."""
+    from lora_convert.runtime.applying import applied
+
+    guided = settings.guidance > 1
+    texts = [settings.prompt, *([settings.negative_prompt] if guided else [])]
+    where = "neither the prompt nor the negative prompt has" if guided else "the prompt, which alone is read, has not"
+    for adapter in applied(pipeline):
+        if adapter.unused(texts):
+            said = f"It has no effect: {where} its token."
+            fix = f"Write {listed(adapter.tokens)} where it is to act."
+            yield Finding("token-unused", "warning", adapter.file, said, fix)
 
 
 @contextmanager
@@ -400,6 +424,7 @@ def _record(pipeline: Any, settings: Settings, image: Image.Image, reproducible:
                 "sha256": adapter.sha256,
                 "modules": adapter.modules,
                 "scale": _plain(adapter.scale),
+                **({"tokens": list(adapter.tokens)} if adapter.tokens else {}),
             }
             for adapter in applied(pipeline)
         ],

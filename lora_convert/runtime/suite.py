@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_convert.converters.convert import output_files
+from lora_convert.converters.embeddings import embedding_files
 from lora_convert.errors import UsageError
 from lora_convert.report import printable, shown
 from lora_convert.runtime.policy import FIGURES
@@ -187,7 +188,8 @@ def _adapter(place: _Place, adapter: tuple[str, Any], scale: Any) -> SuiteAdapte
     file = written
     if not written.startswith("hf://"):
         file = str(place.path.parent / written)
-        if not any(path.is_file() for path in output_files(file)):
+        embedded = embedding_files(file) if Path(file).is_dir() else ()
+        if not embedded and not any(path.is_file() for path in output_files(file)):
             raise place.wrong(f"the adapter {shown(written)} is not a file beside the suite")
     return SuiteAdapter(written, file, scale if own_scale is None else own_scale)
 
