@@ -83,6 +83,7 @@ FINDINGS: Mapping[str, str] = {
     "token-from-name": "the file names no token; its own name is used",
     "token-differs": "the file's name, by which A1111 calls the embedding, is not the one inside",
     "token-lowercased": "a token with capitals and several vectors is written in lower case",
+    "token-known": "the user's token is in the vocabulary, and Diffusers' own loader refuses it",
     "token-renamed": "a token that nobody could type, or that cannot be a file's name, was replaced",
     # what was done
     "skipped": "tensors were left out because the user asked for it",

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import lora_convert
 from lora_convert.containers import opened
 from lora_convert.converters.embeddings import read_vectors
-from lora_convert.families import embedded
+from lora_convert.families import embedded, vocabulary
 from lora_convert.families.encoders import EMBEDDING_FAMILIES
 
 TOKENIZER = embedded.folder("tiny-sd15") / "tokenizer"
@@ -135,3 +135,58 @@ def test_pipelines_draw_with_it(base, tmp_path):
 def test_fixtures_are_read_where_the_corpus_is_not():
     assert sum(str(case.id).startswith("corpus-") is False for case in CASES) >= 20
     assert (FIXTURES / "embeddings" / "formats").is_dir()
+
+
+def pooled(pipe: Any, prompt: str) -> torch.Tensor:
+    with torch.no_grad():
+        return pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)[2]
+
+
+def test_the_pooled_output_is_taken_at_the_end_of_the_text(tmp_path):
+    """SDXL's second encoder looks for it at the largest id, which an added token has; the snippet puts that right."""
+    rng = np.random.default_rng(1)
+    tensors = {e.key: rng.normal(0, 0.1, (2, e.width)).astype(np.float32) for e in EMBEDDING_FAMILIES["tiny-sdxl"]}
+    save_file(tensors, tmp_path / "sks.safetensors")
+    assert lora_convert.convert(tmp_path / "sks.safetensors", tmp_path / "out", family="tiny-sdxl").ok
+    record = json.loads((tmp_path / "out" / "learned_embeds.json").read_text())
+    lines = record["snippet"].splitlines()
+    (end,) = [line for line in lines if "eos_token_id" in line]
+    found = {}
+    for title, kept in {"whole": lines, "without": [line for line in lines if line != end]}.items():
+        pipe = DiffusionPipeline.from_pretrained(embedded.folder("tiny-sdxl"))
+        own = pipe.text_encoder_2.text_model.eos_token_id
+        pipe.text_encoder_2.text_model.eos_token_id = 2  # as in the configuration that was published
+        run({"snippet": "\n".join(kept[:-1])}, tmp_path / "out", pipe)
+        found[title] = pooled(pipe, "sks on a table")
+        pipe.text_encoder_2.text_model.eos_token_id = own
+        found["true"] = pooled(pipe, "sks on a table")
+    assert torch.equal(found["whole"], found["true"]) and not torch.equal(found["without"], found["true"])
+
+
+@pytest.mark.parametrize(
+    ("token", "known"), [("style", True), ("cat", True), ("*", True), ("sks", False), ("Cat", False)]
+)
+def test_words_of_the_vocabulary_are_put_into_brackets(token, known, tmp_path):
+    torch.save({"string_to_param": {"*": torch.full((1, 768), 0.02)}, "name": token}, tmp_path / "file.pt")
+    result = lora_convert.convert(tmp_path / "file.pt", tmp_path / "out")
+    said = {finding.name for finding in result.findings}
+    assert result.ok and result.plan.embeddings[0].token == (f"<{token}>" if known else token)
+    assert ("token-renamed" in said) == known
+    assert lora_convert.validate(tmp_path / "out", tmp_path / "file.pt").ok
+    asked = lora_convert.convert(tmp_path / "file.pt", tmp_path / "asked", token=token)
+    assert asked.plan.embeddings[0].token == token
+    assert ("token-known" in {finding.name for finding in asked.findings}) == known
+    one = lora_convert.convert(tmp_path / "file.pt", tmp_path / "one", to="a1111", token="cat")
+    assert [Path(output.path).name for output in one.outputs] == ["cat.safetensors"] and not one.findings
+
+
+def test_the_vocabulary_is_clips():
+    """CLIP's has 256 bytes, 14,667 other pieces that end no word, and two signs; the embedded models have their own."""
+    path = Path(vocabulary.__file__).with_name("clip_vocabulary.txt")
+    pieces = path.read_text(encoding="utf-8").split("\n")[1:-1]
+    assert len(pieces) == len(set(pieces)) == 256 + 14_667 + 2 and not any(piece.endswith("</w>") for piece in pieces)
+    assert {"photo", "style", "#", "<|endoftext|>", "Ġ"} <= set(pieces) and "easynegative" not in pieces
+    for name in embedded.NAMES:
+        tokens = CLIPTokenizer.from_pretrained(embedded.folder(name) / "tokenizer").get_vocab()
+        assert all(vocabulary.is_known(token, name) for token in tokens) and not vocabulary.is_known("style", name)
+    assert vocabulary.is_known("style", None) and not vocabulary.is_known("style</w>", "sd15")

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import lora_convert
 from lora_convert.cli import cli
 from lora_convert.containers import opened
-from lora_convert.converters.embeddings import read_vectors
+from lora_convert.converters.embeddings import RECORD_NAME, embedding_files, read_vectors
 from lora_convert.families.encoders import EMBEDDING_FAMILIES
 
 FORMATS = FIXTURES / "embeddings" / "formats"
@@ -208,7 +208,7 @@ def test_one_file_for_all_encoders_and_back(case, to, tmp_path):
 # what an embedding is called
 
 
-def embedding(folder: Path, name: str = "x.safetensors", count: int = 2, **tensors: Any) -> Path:
+def embedding(folder: Path, name: str = "sksx.safetensors", count: int = 2, **tensors: Any) -> Path:
     path = folder / name
     if not tensors:
         tensors = {"emb_params": np.full((count, 768), 0.02, np.float32)}
@@ -217,7 +217,7 @@ def embedding(folder: Path, name: str = "x.safetensors", count: int = 2, **tenso
     return path
 
 
-def a1111(folder: Path, name: str, file: str = "x.pt", count: int = 1, **others: Any) -> Path:
+def a1111(folder: Path, name: str, file: str = "sksx.pt", count: int = 1, **others: Any) -> Path:
     content = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.full((count, 768), 0.02)}, "name": name}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({**content, **others}, folder / file)
@@ -236,13 +236,13 @@ TOKENS = {
     "capitals, vectors": ("SksCat", {"count": 3}, "skscat", {"token-lowercased"}),
     "capitals beyond ASCII": ("Ärger", {"count": 3}, "ärger", {"token-lowercased"}),
     "spaces and signs": ("水彩 style, (v2)", {"count": 2}, "水彩 style, (v2)", set()),
-    "--token": ("sks", {"token": "other"}, "other", set()),
-    "--token with capitals": ("sks", {"token": ["Other"], "count": 2}, "other", {"token-lowercased"}),
+    "--token": ("sks", {"token": "sksother"}, "sksother", set()),
+    "--token with capitals": ("sks", {"token": ["SksOther"], "count": 2}, "sksother", {"token-lowercased"}),
     "a path": ("../../etc/passwd", {}, "etcpasswd", {"token-renamed"}),
     "a terminal's controls": ("a\x1b[31mb", {}, "a[31mb", {"token-renamed"}),
     "turned around": ("ab\u202ecd", {}, "abcd", {"token-renamed"}),
-    "no name": ("", {}, "x", {"token-from-name"}),
-    "blanks for a name": ("  ", {}, "x", {"token-from-name"}),
+    "no name": ("", {}, "sksx", {"token-from-name"}),
+    "blanks for a name": ("  ", {}, "sksx", {"token-from-name"}),
 }
 
 
@@ -251,7 +251,9 @@ def test_tokens(title, tmp_path):
     name, options, token, said = TOKENS[title]
     count = options.pop("count", 1) if "count" in options else 1
     result = lora_convert.convert(
-        a1111(tmp_path, name, f"{name}.pt" if name in ("sks", "SksCat") else "x.pt", count), tmp_path / "out", **options
+        a1111(tmp_path, name, f"{name}.pt" if name in ("sks", "SksCat") else "sksx.pt", count),
+        tmp_path / "out",
+        **options,
     )
     options["count"] = count
     assert token_of(result) == token
@@ -264,10 +266,10 @@ def test_tokens(title, tmp_path):
 
 
 def test_a1111_goes_by_the_name_of_the_file(tmp_path):
-    result = lora_convert.convert(a1111(tmp_path, "inside", "outside.pt"), tmp_path / "out")
-    assert token_of(result) == "inside"
+    result = lora_convert.convert(a1111(tmp_path, "sksinside", "sksoutside.pt"), tmp_path / "out")
+    assert token_of(result) == "sksinside"
     (said,) = [finding for finding in result.findings if finding.name == "token-differs"]
-    assert "outside" in said.message and said.severity == "note"
+    assert "sksoutside" in said.message and said.severity == "note"
 
 
 def test_a_file_of_a_general_name_is_called_as_its_folder(tmp_path):
@@ -276,7 +278,7 @@ def test_a_file_of_a_general_name_is_called_as_its_folder(tmp_path):
 
 
 def test_metadata_names_the_token(tmp_path):
-    path = tmp_path / "x.safetensors"
+    path = tmp_path / "sksx.safetensors"
     save_file({"emb_params": np.ones((1, 768), np.float32)}, path, {"modelspec.trigger_phrase": "sks"})
     assert token_of(lora_convert.convert(path, tmp_path / "out")) == "sks"
 
@@ -300,15 +302,15 @@ def test_several_tokens_are_several_files(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
     read = read_safetensors(tmp_path / "out" / files[1])
     assert list(read) == ["<b>"] and read["<b>"].shape == (2, 768)
-    assert lora_convert.validate(tmp_path / "out", tmp_path / "x.safetensors").ok
+    assert lora_convert.validate(tmp_path / "out", tmp_path / "sksx.safetensors").ok
     folder = lora_convert.identify(tmp_path / "out")
     assert [one.token for one in folder.embeddings] == ["<a>", "<b>"]
 
 
 def test_tokens_are_given_one_for_each(tmp_path):
     path = two_tokens(tmp_path)
-    result = lora_convert.convert(path, tmp_path / "out", token=["x", "y"])
-    assert [step.token for step in result.plan.embeddings] == ["x", "y"]
+    result = lora_convert.convert(path, tmp_path / "out", token=["sksx", "sksy"])
+    assert [step.token for step in result.plan.embeddings] == ["sksx", "sksy"]
     result = lora_convert.convert(path, tmp_path / "two", token="x")
     assert not result.ok and "token-missing" in names_of(result.findings)
 
@@ -478,12 +480,12 @@ def test_dtypes(title, tmp_path):
     names = {np.float64: torch.float64, np.float32: torch.float32, np.float16: torch.float16}
     names |= {ml_dtypes.bfloat16: torch.bfloat16, ml_dtypes.float8_e4m3fn: torch.float8_e4m3fn}
     tensor = torch.from_numpy(values.astype(np.float64)).to(names[dtype])
-    safetensors.torch.save_file({"emb_params": tensor}, tmp_path / "x.safetensors")
-    result = lora_convert.convert(tmp_path / "x.safetensors", tmp_path / "out", dtype=asked)
+    safetensors.torch.save_file({"emb_params": tensor}, tmp_path / "sksx.safetensors")
+    result = lora_convert.convert(tmp_path / "sksx.safetensors", tmp_path / "out", dtype=asked)
     assert result.ok, result.findings
     (output,) = result.plan.outputs
     assert output.tensors[0].dtype == written and result.worst_delta_error <= 30 * most
-    read = read_safetensors(tmp_path / "out" / "learned_embeds.safetensors")["x"].astype(np.float64)
+    read = read_safetensors(tmp_path / "out" / "learned_embeds.safetensors")["sksx"].astype(np.float64)
     assert np.allclose(read, values.astype(np.float64), rtol=0, atol=most)
     assert ("dtype-changed" in names_of(result.findings)) == (
         written != title[-2:] and title not in ("F32", "F16", "BF16")
@@ -512,7 +514,7 @@ def test_metadata_keeps_where_it_came_from(tmp_path):
 
 def test_stale_hashes_are_renewed(tmp_path):
     metadata = {"modelspec.hash_sha256": "0x" + "1" * 64, "sshs_model_hash": "2" * 64, "ss_tag_frequency": "{}"}
-    path = tmp_path / "x.safetensors"
+    path = tmp_path / "sksx.safetensors"
     save_file({"emb_params": np.ones((2, 768), np.float64)}, path, metadata)
     lora_convert.convert(path, tmp_path / "out")
     written = tmp_path / "out" / "learned_embeds.safetensors"
@@ -531,8 +533,8 @@ def test_our_own_output_is_copied_and_the_same_input_gives_the_same_bytes(tmp_pa
     assert len(set(written)) == 1
     records = [(tmp_path / folder / "learned_embeds.json").read_bytes() for folder in ("one", "two")]
     assert len(set(records)) == 1
-    renamed = lora_convert.convert(tmp_path / "one" / "learned_embeds.safetensors", tmp_path / "new", token="other")
-    assert token_of(renamed) == "other"
+    renamed = lora_convert.convert(tmp_path / "one" / "learned_embeds.safetensors", tmp_path / "new", token="sksother")
+    assert token_of(renamed) == "sksother"
 
 
 @pytest.mark.parametrize("existing", ["learned_embeds.safetensors", "learned_embeds.json"])
@@ -585,19 +587,17 @@ def test_a_bundle_under_another_name(tmp_path):
 
 @pytest.mark.parametrize("change", ["a vector", "a token less", "swapped"])
 def test_the_proof_can_fail(change, tmp_path):
-    pair = embedding(
-        tmp_path, clip_l=np.random.rand(2, 768).astype(np.float32), clip_g=np.random.rand(2, 1280).astype(np.float32)
-    )
+    pair = sdxl(tmp_path)
     lora_convert.convert(pair, tmp_path / "out")
     assert lora_convert.validate(tmp_path / "out", pair).ok
     path = tmp_path / "out" / "learned_embeds_2.safetensors"
     with safe_open(path, "np") as file:
-        values, metadata = file.get_tensor("x"), file.metadata()
+        values, metadata = file.get_tensor("sks"), file.metadata()
     if change == "a vector":
         values[1, 7] = np.nextafter(values[1, 7], np.float32(2))
-        save_file({"x": values}, path, metadata)
+        save_file({"sks": values}, path, metadata)
     elif change == "swapped":
-        save_file({"x": values[::-1].copy()}, path, metadata)
+        save_file({"sks": values[::-1].copy()}, path, metadata)
     else:
         path.unlink()
     result = lora_convert.validate(tmp_path / "out", pair)
@@ -648,3 +648,201 @@ def test_merge_says_that_an_embedding_is_no_part_of_a_model(kind, tmp_path):
     result = lora_convert.merge([path], base="tiny-sd15", out=tmp_path / "out")
     assert ("not-merged" if kind == "bundle" else "unsupported-kind") in names_of(result.findings)
     assert result.ok == (kind == "bundle")
+
+
+# what a stranger sends
+
+COLLIDING = {
+    "signs that file names cannot have": ["<qzq>", "qzq", ":qzq"],
+    "one name in two normal forms": ["qzqé", "qzqe\u0301"],
+    "longer than names can be": ["😀" * 70 + "x", "😀" * 70 + "y"],
+    "nothing left": ["<?>", "<:>"],
+}
+
+
+@pytest.mark.parametrize("to", ["diffusers", "comfy"])
+@pytest.mark.parametrize("title", COLLIDING)
+def test_no_token_takes_the_place_of_another(title, to, tmp_path):
+    tokens = COLLIDING[title]
+    path = embedding(tmp_path, **{token: np.random.rand(1, 768).astype(np.float32) for token in tokens})
+    result = lora_convert.convert(path, tmp_path / "out", to=to)
+    assert result.ok and len(list((tmp_path / "out").glob("*.safetensors"))) == len(tokens)
+    if to == "diffusers":
+        assert lora_convert.validate(tmp_path / "out", path).ok
+        assert {one.token for one in lora_convert.identify(tmp_path / "out").embeddings} == set(tokens)
+    else:
+        assert "token-renamed" in names_of(result.findings)
+
+
+LIKE_NAMES = [
+    "2.5d", "0.5", "clip_l", "clip_g", "t5", "emb_params", "string_to_param.x", "string_to_token.*", "in01",
+    "text_encoders_0", "w.weight", "x.lora_up.weight", "lora_unet_x.alpha", "bundle_emb.a.emb_params",
+    "optimizer_state_dict.x", "learned_embeds", "embeddings.token_embedding.weight", "tensor",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoders", [("clip_l",), ("clip_l", "clip_g")])
+@pytest.mark.parametrize("token", LIKE_NAMES)
+def test_a_token_may_look_like_anything(token, encoders, tmp_path):
+    widths = {"clip_l": 768, "clip_g": 1280}
+    pair = {key: np.random.rand(2, widths[key]).astype(np.float32) for key in encoders}
+    file = source = embedding(tmp_path, **pair)
+    options: dict[str, Any] = {"token": token}
+    for turn, to in enumerate(["diffusers", "a1111", "diffusers", "diffusers", "a1111", "a1111"]):
+        result = lora_convert.convert(file, tmp_path / f"{turn}", to=to, **options)
+        assert token_of(result) == token
+        file = tmp_path / f"{turn}" if to == "diffusers" else Path(result.outputs[0].path)
+        assert lora_convert.validate(file, source).ok
+        options = {}
+
+
+def test_numbers_and_dots_of_a_token_are_kept(tmp_path):
+    torch.save([{"sks": torch.ones(1, 768)}, {"sks": torch.ones(1, 1280)}], tmp_path / "list.bin")
+    assert [one.token for one in lora_convert.identify(tmp_path / "list.bin").embeddings] == ["sks"]
+    torch.save({"2.5d": torch.ones(1, 768)}, tmp_path / "one.bin")
+    assert [one.token for one in lora_convert.identify(tmp_path / "one.bin").embeddings] == ["2.5d"]
+    path = embedding(tmp_path, **{"0.5": np.ones((1, 768), np.float32), "1.5": np.ones((1, 768), np.float32)})
+    assert [one.token for one in lora_convert.identify(path).embeddings] == ["0.5", "1.5"]
+
+
+NO_EMBEDDINGS = {
+    "a matrix": {"weight": (768, 768)},
+    "a normalisation": {"weight": (768,), "bias": (768,)},
+    "a projection": {"text_projection": (768, 768)},
+    "prompts that were encoded": {"hidden_state1": (77, 768), "hidden_state2": (77, 1280), "pool2": (1280,)},
+    "positions": {"positional_embedding": (77, 768)},
+    "an aesthetic predictor": {"layers.0.weight": (1024, 768), "layers.0.bias": (1024,)},
+    "a hypernetwork": {"768.0.linear.0.weight": (1536, 768), "768.0.linear.0.bias": (1536,)},
+}
+
+
+@pytest.mark.parametrize("title", NO_EMBEDDINGS)
+def test_what_is_no_embedding(title, tmp_path):
+    shapes = NO_EMBEDDINGS[title]
+    path = embedding(tmp_path, **{name: np.full(shape, 0.02, np.float32) for name, shape in shapes.items()})
+    found = lora_convert.identify(path)
+    assert found.kind == "unknown" and not found.embeddings
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 4), (2000, 4), (), (0, 768)])
+def test_a_file_that_says_it_is_ours(shape, tmp_path):
+    path = tmp_path / "sksx.safetensors"
+    save_file({"t": np.ones(shape, np.float32)}, path, {"lora_convert.version": "1", "lora_convert.token": "t"})
+    result = lora_convert.convert(path, tmp_path / "out")
+    assert result.status == "failed" and "empty-file" in names_of(result.findings) and not (tmp_path / "out").exists()
+
+
+def test_half_a_surrogate_pair_is_written_nowhere(tmp_path):
+    path = tmp_path / "sksx.safetensors"
+    save_file({"emb_params": np.ones((1, 768), np.float32)}, path, {"name": '"\\ud800sks"'})
+    assert token_of(lora_convert.convert(path, tmp_path / "out")) == "sks"
+    assert lora_convert.validate(tmp_path / "out", path).ok
+
+
+# folders
+
+
+def test_diffusers_files_of_the_training_are_left_alone(tmp_path):
+    for name in ("learned_embeds", "learned_embeds-steps-500"):
+        embedding(tmp_path, f"{name}.safetensors", sks=np.full((1, 768), 0.5 if "steps" in name else 0.25, np.float32))
+    assert [path.name for path in embedding_files(tmp_path)] == ["learned_embeds.safetensors"]
+    assert lora_convert.identify(tmp_path).ok
+    (tmp_path / "learned_embeds.safetensors").unlink()
+    assert [path.name for path in embedding_files(tmp_path)] == ["learned_embeds-steps-500.safetensors"]
+
+
+def test_a_pair_of_two_containers(tmp_path):
+    torch.save({"sks": torch.ones(1, 768)}, tmp_path / "learned_embeds.bin")
+    embedding(tmp_path, "learned_embeds_2.safetensors", sks=np.ones((1, 1280), np.float32))
+    (found,) = lora_convert.identify(tmp_path).embeddings
+    assert set(found.vectors) == {"clip_l", "clip_g"}
+    embedding(tmp_path, "learned_embeds.safetensors", sks=np.ones((1, 768), np.float32))
+    assert {path.suffix for path in embedding_files(tmp_path)} == {".safetensors"}
+
+
+def sdxl(folder: Path) -> Path:
+    rows = {"clip_l": np.random.rand(2, 768), "clip_g": np.random.rand(2, 1280)}
+    return embedding(folder, "sks.safetensors", **{key: values.astype(np.float32) for key, values in rows.items()})
+
+
+def test_what_another_conversion_left_is_not_mixed_in(tmp_path):
+    lora_convert.convert(sdxl(tmp_path), tmp_path / "out")
+    with pytest.raises(lora_convert.UsageError, match="another conversion"):
+        lora_convert.convert(embedding(tmp_path), tmp_path / "out", force=True)
+    assert lora_convert.validate(tmp_path / "out", tmp_path / "sks.safetensors").ok
+
+
+def test_a_folder_is_not_written_over_itself(tmp_path):
+    lora_convert.convert(sdxl(tmp_path), tmp_path / "out")
+    with pytest.raises(lora_convert.UsageError, match="is an input"):
+        lora_convert.convert(tmp_path / "out", tmp_path / "out", force=True)
+
+
+def test_another_family_is_written_into_the_header(tmp_path):
+    path = embedding(tmp_path, sks=np.ones((1, 768), np.float32))
+    lora_convert.convert(path, tmp_path / "one", family="sd15")
+    lora_convert.convert(tmp_path / "one" / "learned_embeds.safetensors", tmp_path / "two", family="sdxl")
+    assert lora_convert.identify(tmp_path / "two").family == "sdxl"
+
+
+def test_names_of_files_are_words_to_prompt(tmp_path):
+    path = embedding(tmp_path, "sks.safetensors")
+    said = lora_convert.convert(path, tmp_path / "sksother.safetensors", to="a1111").findings
+    assert "sksother" in next(finding.message for finding in said if finding.name == "token-differs")
+    assert "token-differs" not in names_of(lora_convert.convert(path, tmp_path / "out", to="a1111").findings)
+
+
+# the proof
+
+
+def test_tokens_that_change_places_are_still_proved(tmp_path):
+    path = two_tokens(tmp_path)
+    for number, tokens in enumerate((["<b>", "<a>"], ["yqy", "xqx"])):
+        result = lora_convert.convert(path, tmp_path / f"{number}", token=tokens)
+        assert result.ok and [step.token for step in result.plan.embeddings] == tokens
+        assert lora_convert.validate(tmp_path / f"{number}", path).ok
+
+
+def _exchanged(first: Path, second: Path) -> None:
+    beside = first.with_suffix(".other")
+    first.rename(beside)
+    second.rename(first)
+    beside.rename(second)
+
+
+def _renamed(path: Path) -> None:
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    (values,) = load_file(path).values()
+    save_file({"sksother": values}, path, metadata)
+
+
+WRONG_FOLDERS = {
+    "encoders exchanged": ("pair", lambda one, two, rest: _exchanged(one, two)),
+    "tokens exchanged": ("two tokens", lambda one, two, rest: _exchanged(one, two)),
+    "another token": ("pair", lambda one, two, rest: [_renamed(path) for path in (one, two)]),
+    "a file twice": (
+        "pair", lambda one, two, rest: one.with_name("learned_embeds-0.safetensors").write_bytes(one.read_bytes())
+    ),
+    "another record": ("pair", lambda one, two, rest: rest.write_text(rest.read_text().replace('"sks"', '"sksother"'))),
+    "a broken record": ("pair", lambda one, two, rest: rest.write_text("[" * 100_000)),
+    "no embedding": ("bundle", lambda one, two, rest: [path.unlink() for path in (one, two)]),
+    "one that is not the LoRA's": ("LoRA", lambda one, two, rest: None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", WRONG_FOLDERS)
+def test_a_wrong_folder_is_no_proof(title, tmp_path):
+    kind, spoil = WRONG_FOLDERS[title]
+    source = {
+        "pair": lambda: sdxl(tmp_path), "two tokens": lambda: two_tokens(tmp_path), "bundle": lambda: BUNDLE,
+        "LoRA": lambda: FIXTURES / "tiny" / "neon.safetensors",
+    }[kind]()  # fmt: skip
+    lora_convert.convert(source, tmp_path / "out")
+    assert lora_convert.validate(tmp_path / "out", source).ok
+    if kind == "LoRA":
+        other = embedding(tmp_path, sks=np.ones((1, 64), np.float32))
+        lora_convert.convert(other, tmp_path / "out", family="tiny-sd15")
+    spoil(*[*sorted((tmp_path / "out").glob("learned*.safetensors")), None, None][:2], tmp_path / "out" / RECORD_NAME)
+    result = lora_convert.validate(tmp_path / "out", source)
+    assert not result.ok and "vectors-mismatch" in names_of(result.findings)

@@ -27,7 +27,13 @@ from lora_convert.report import Finding  # noqa: E402
 from lora_convert.runtime.applying import applied  # noqa: E402
 from lora_convert.runtime.architectures import TEXT_ENCODERS  # noqa: E402
 from lora_convert.runtime.embedding import Word, place, take_off  # noqa: E402
-from lora_convert.runtime.embedding_proof import encode  # noqa: E402
+from lora_convert.runtime.embedding_proof import (  # noqa: E402
+    check_loaded,
+    encode,
+    loaded,
+    placements,
+    words_of,
+)
 from lora_convert.runtime.picture import Drawing  # noqa: E402
 from lora_convert.runtime.pipelines import open_pipeline  # noqa: E402
 from lora_convert.runtime.rendering import Settings, render  # noqa: E402
@@ -513,6 +519,16 @@ def test_a_page_shows_tokens_as_text():
     assert "&lt;/td&gt;&lt;script&gt;\\u202e" in page and 'id="embeddings"' in page and 'id="blocks"' not in page
 
 
+def test_tokens_given_by_hand_are_proved_as_such(tmp_path):
+    """Three of a file: each output file is compared with the vectors that had its token before."""
+    random = np.random.default_rng(0)
+    tensors = {f"<s{k}>": random.standard_normal((2, 64)).astype("f4") for k in range(3)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert convert(tmp_path / "x.safetensors", tmp_path / "out", token=["<s2>", "other", "<s0>"], family="tiny-sd15").ok
+    load = proof(tmp_path / "out", tmp_path / "x.safetensors").rungs["load"]
+    assert (load.status, load.figures["loaded_vectors"], load.figures["files"]) == ("pass", 6, 3)
+
+
 def changed(out: Path, name: str, change: Any) -> None:
     """Write a file of an output again, with other vectors."""
     from safetensors import safe_open
@@ -546,7 +562,6 @@ FAULTS = {"one vector": one_vector_off, "only the first": only_the_first, "order
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_faults_show_at_load_and_in_pictures(tmp_path, fault):
     from lora_convert.runtime.climb import _opened
-    from lora_convert.runtime.embedding_proof import check_loaded, words_of
     from lora_convert.runtime.picture import prove
 
     source = write(tmp_path / "neon.safetensors", {k: v * 4 for k, v in vectors("tiny-sd15", 4).items()})
@@ -589,14 +604,13 @@ def test_a_record_that_is_none(tmp_path, content):
     source = write(tmp_path / "neon.safetensors", vectors("tiny-sd15", 2))
     assert convert(source, tmp_path / "out").ok
     (tmp_path / "out" / "learned_embeds.json").write_text(content)
-    rung = proof(tmp_path / "out", source).rungs["load"]
+    assert not proof(tmp_path / "out", source).ok
+    rung = check_loaded(tmp_path / "out", "tiny-sd15", ())
     assert rung.status == "fail" and rung.findings[0].subject == "learned_embeds.json"
 
 
 def test_the_snippet_of_the_record_does_what_the_proof_does(pipeline, tmp_path):
     """Run as it stands, beside the files, for both bases; the proof loads by the record's entries."""
-    from lora_convert.runtime.embedding_proof import loaded, placements
-
     family = family_of(pipeline)
     held = vectors(family, 3)
     assert convert(write(tmp_path / "NeonStyle.safetensors", held), tmp_path / "out").ok
@@ -614,8 +628,6 @@ def test_the_snippet_of_the_record_does_what_the_proof_does(pipeline, tmp_path):
 
 
 def test_the_proof_takes_the_pooled_output_at_the_end(sdxl, tmp_path):
-    from lora_convert.runtime.embedding_proof import loaded, placements
-
     held = vectors("tiny-sdxl", 3)
     assert convert(write(tmp_path / "neon.safetensors", held), tmp_path / "out").ok
     expected = by_hand(sdxl, [Word("neon", held)], ["a neon"], [""])

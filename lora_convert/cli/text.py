@@ -151,13 +151,18 @@ def _step_line(step: Step, resolved: bool) -> str:
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """What `convert --dry-run` prints of one file."""
+    from lora_convert.converters.embeddings import record_path
+
     yield click.style(printable(plan.file), bold=True) + f"  {_what(plan.detection)}"
     if plan.ok:
         yield from (_step_line(step, plan.resolved) for step in plan.steps)
         copied = sum(step.copies for step in plan.steps)
         bound = "" if plan.resolved else "at most "
         for output in plan.outputs:
-            yield f"  would write {output.path}: {len(output.tensors)} tensors, {bound}{size(output.bytes)}"
+            tensors = counted(len(output.tensors), "tensor")
+            yield f"  would write {output.path}: {tensors}, {bound}{size(output.bytes)}"
+        if (record := record_path(plan)) is not None:
+            yield f"  would write {record}: which file goes to which text encoder"
         if plan.steps:
             yield f"  {counted(len(plan.steps), 'module')}, {copied} of them copied byte for byte"
         yield from map(_token_line, plan.embeddings)

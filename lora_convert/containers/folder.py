@@ -1,6 +1,7 @@
 """A folder of embeddings, read as one file: Diffusers keeps the vectors of every text encoder in a file of its own.
 
-The tensors of file k are called `k.<name>`, as those of a pickled list of dictionaries are.
+The tensors of file k are called `k.<name>`, as those of a pickled list of dictionaries are, and so are its metadata
+among the extras.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ if TYPE_CHECKING:
 __all__ = ["Joined", "embedding_files", "joined"]
 
 _NAMES = re.compile(r"learned_embeds(_\d)?(-.+)?\.(safetensors|bin)")
+_INTERIM = re.compile(r"-steps-\d+")
+"""What Diffusers' scripts put behind the names of files that they save while training (`--save_steps`)."""
 
 
 def embedding_files(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The files of embeddings in a folder that Diffusers' scripts or `convert` wrote; none if that holds none, and
-    those in safetensors where there are both.
+    """The files of embeddings in a folder that Diffusers' scripts or `convert` wrote; none if that holds none.
+
+    Of a file that is there twice it is the one in safetensors, and none that was saved before training ended.
     """
     paths = sorted(path for path in Path(folder).glob("learned_embeds*") if _NAMES.fullmatch(path.name))
-    better = tuple(path for path in paths if path.suffix == ".safetensors")
-    return better or tuple(paths)
+    found = {path.stem: path for path in paths}  # .bin comes first
+    final = {stem: _INTERIM.sub("", stem) for stem in found}
+    return tuple(path for stem, path in found.items() if final[stem] == stem or final[stem] not in found)
 
 
 class Joined:
@@ -73,5 +78,6 @@ def joined(parts: Sequence[tuple[Header, Reader]], path: str) -> tuple[Header, R
         place += max((tensor.where.end for tensor in header.tensors.values()), default=0)
     metadata = {key: text for header, _ in reversed(parts) for key, text in header.metadata.items()}
     extras = {key: text for header, _ in reversed(parts) for key, text in header.extras.items()}
+    extras |= {f"{k}.{key}": text for k, (header, _) in enumerate(parts) for key, text in header.metadata.items()}
     findings = tuple(finding for header, _ in parts for finding in header.findings)
     return Header(path, tensors, metadata, extras, findings), Joined([reader for _, reader in parts], places)

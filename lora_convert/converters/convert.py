@@ -17,8 +17,10 @@ from lora_convert.containers import MAX_HEADER, Source, Target, name_of, opened
 from lora_convert.containers.header import MAX_HEADER_LIMIT
 from lora_convert.containers.source import FileReader, chunks_of, open_path, read_header
 from lora_convert.converters.base import BaseWeights, open_base
-from lora_convert.converters.embedding_proof import check_values, check_vectors
+from lora_convert.converters.embedding_proof import check_record, check_values, check_vectors
 from lora_convert.converters.embeddings import (
+    RECORD_NAME,
+    called_by_files,
     embedding_files,
     embedding_paths,
     embedding_plan,
@@ -195,6 +197,8 @@ def plan(
             if planned.ok and out is not None:
                 planned = _placed(planned, Path(out))
                 _check_places(planned, [target, *beside], force)
+            elif planned.ok:
+                planned = called_by_files(planned, asked=False)
     except FileError as error:
         broken = Detection(name_of(target), "unknown", findings=error.findings)
         planned = Plan(name_of(target), "failed", broken, findings=error.findings)
@@ -213,7 +217,7 @@ def _placed(planned: Plan, out: Path) -> Plan:
         modules = [out, Path(dora_path(str(out)))][: planned.module_files]
         paths = [*modules, *embedding_paths(planned, out)]
     outputs = tuple(replace(file, path=str(path)) for file, path in zip(planned.outputs, paths, strict=True))
-    return replace(planned, outputs=outputs)
+    return called_by_files(replace(planned, outputs=outputs), asked=named)
 
 
 def output_files(out: str | os.PathLike[str]) -> tuple[Path, ...]:
@@ -238,6 +242,9 @@ def _check_places(planned: Plan, inputs: Sequence[Target], force: bool) -> None:
         beside = output_files(first.parent.parent)
     elif first.name == CANONICAL_NAME:
         beside = [path for path in (Path(dora_path(str(first))),) if path.is_file()]
+    if record is not None and record.name == RECORD_NAME:
+        ours = {path.stem for path in planned.paths}  # in place of one in .bin ours is read
+        beside = [*beside, *(path for path in embedding_files(record.parent) if path.stem not in ours)]
     if others := [str(path) for path in beside if path not in planned.paths]:
         raise UsageError(
             f"{shown(others[0])} is of another conversion, and readers of the folder would take it for a part of this "
@@ -250,7 +257,8 @@ def refuse_overwrite(inputs: Sequence[Target], path: Path, force: bool) -> None:
     for target in inputs:
         if isinstance(target, str | os.PathLike) or hasattr(target, "name"):
             source = Path(name_of(target))
-            if path.exists() and source.exists() and path.samefile(source):
+            sources = embedding_files(source) if source.is_dir() else (source,)
+            if path.exists() and any(file.exists() and path.samefile(file) for file in sources):
                 raise UsageError(f"the output {shown(str(path))} is an input; name another with -o")
     if path.is_dir():
         raise UsageError(f"the output {shown(str(path))} is a folder")
@@ -413,7 +421,7 @@ def _write_record(
         return []
     file = written.enter_context(atomic_file(path))
     content = json.dumps(record_of(planned, source_sha256()), indent=2, ensure_ascii=False)
-    file.write(f"{content}\n".encode())
+    file.write(f"{content}\n".encode(errors="backslashreplace"))  # a file's name need not be UTF-8
     files.append(file)
     return [path]
 
@@ -432,7 +440,7 @@ def _prove_written(
     for reader, path, config in zip(readers, planned.paths, configs, strict=False):  # the record comes last
         output = Source(read_header(reader, str(path), MAX_HEADER_LIMIT), reader)
         found.append((output, detect(output, family=family, config=config)))
-    return _prove(found, (source, planned.detection), weights, progress)
+    return _prove(found, (source, planned.detection), weights, progress, whole=True)
 
 
 def _write_configs(planned: Plan, written: contextlib.ExitStack) -> list[Path | None]:
@@ -458,7 +466,8 @@ def _is_own_output(planned: Plan, source: Source) -> bool:
     metadata = source.header.metadata
     if f"{PROVENANCE}version" not in metadata or len(planned.outputs) > 1:
         return False
-    if any(step.token != metadata.get(f"{PROVENANCE}token") for step in planned.embeddings):
+    said = tuple(metadata.get(f"{PROVENANCE}{name}") for name in ("token", "family"))
+    if any((step.token, planned.detection.family) != said for step in planned.embeddings):
         return False
     output = planned.outputs[0]
     if metadata.get("lora_adapter_metadata") != output.adapter_metadata:
@@ -482,9 +491,17 @@ def _idle_findings(idle: Sequence[str], planned: Plan) -> list[Finding]:
 
 
 def _prove(
-    outputs: Sequence[Opened], against: Opened, weights: BaseWeights | None, progress: Progress | None
+    outputs: Sequence[Opened],
+    against: Opened,
+    weights: BaseWeights | None,
+    progress: Progress | None,
+    *,
+    whole: bool,
+    record: Sequence[Finding] = (),
 ) -> ValidateResult:
-    """The rungs of the proof, on open outputs against an open source."""
+    """The rungs of the proof, on open outputs against an open source; `whole` if there are no other outputs of it,
+    `record` is what is wrong with the record beside them.
+    """
     truth = against[1]
     adapters = [(source, found) for source, found in outputs if found.kind != "embedding"]
     embeddings = [(source, found) for source, found in outputs if found.embeddings]
@@ -497,8 +514,8 @@ def _prove(
             rungs["delta"] = check_deltas(adapters, [against], weights, advance)
         elif embeddings:
             rungs["numbers"] = check_values(embeddings)
-        if truth.embeddings and (embeddings or not truth.payload):
-            rungs["vectors"] = check_vectors(embeddings, against)
+        if embeddings or (truth.embeddings and (whole or not truth.payload)):
+            rungs["vectors"] = check_vectors(embeddings, against, record)
         elif truth.embeddings:
             reason = "the source carries embeddings, whose files were not given; give the folder"
             rungs["vectors"] = Rung("skipped", reason)
@@ -540,7 +557,9 @@ def validate(
                 truth = _open_truth(against, stack, progress, family, config, max_header, skip)
                 family = family or truth[1].family
                 outputs = [(file, detect(file, family=family)) for file in files]
-                result = _prove(outputs, truth, weights, progress)
+                folder = Path(out) if isinstance(out, str | os.PathLike) and Path(out).is_dir() else None
+                record = check_record(folder, outputs) if folder else ()
+                result = _prove(outputs, truth, weights, progress, whole=folder is not None, record=record)
             result = replace(result, file=name_of(out))
     except FileError as error:
         broken = Rung("fail", "the file cannot be read", findings=error.findings)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_convert.containers import Source
-from lora_convert.converters.embeddings import Array, read_vectors
+from lora_convert.converters.embeddings import RECORD_NAME, Array, misplaced, read_vectors
 from lora_convert.converters.fidelity import TOLERANCE, Rung
+from lora_convert.converters.metadata import PROVENANCE
 from lora_convert.inspect.detection import Detection, Embedding
 from lora_convert.report import Finding, counted, json_number, listed, shown
 
-__all__ = ["check_values", "check_vectors"]
+__all__ = ["check_record", "check_values", "check_vectors"]
 
 Opened = tuple[Source, Detection]
+
+_LARGEST_RECORD = 1 << 20
 
 
 def check_values(outputs: Sequence[Opened]) -> Rung:
@@ -31,33 +37,47 @@ def check_values(outputs: Sequence[Opened]) -> Rung:
     return Rung("fail" if failed else "pass", findings=tuple(findings))
 
 
-def _pairs(ours: Sequence[Embedding], theirs: Sequence[Embedding]) -> dict[int, int]:
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """An embedding of the output with its vectors for all text encoders, and the token that it had in the source."""
+
+    embedding: Embedding
+    vectors: dict[str, Array]
+    source_token: str
+
+
+def _pairs(ours: Sequence[_Written], theirs: Sequence[Embedding]) -> dict[int, int]:
     """The embedding of the source that each of the output is: by name, in whatever case, else by order."""
     names = [embedding.token.lower() for embedding in theirs]
-    pairs = {k: names.index(e.token.lower()) for k, e in enumerate(ours) if e.token.lower() in names}
+    pairs: dict[int, int] = {}
+    for k, one in enumerate(ours):
+        number = names.index(one.source_token.lower()) if one.source_token.lower() in names else None
+        if number is not None and number not in pairs.values():
+            pairs[k] = number
     left = [number for number in range(len(theirs)) if number not in pairs.values()]
     return pairs | dict(zip((k for k in range(len(ours)) if k not in pairs), left, strict=False))
 
 
-def check_vectors(outputs: Sequence[Opened], against: Opened) -> Rung:
+def check_vectors(outputs: Sequence[Opened], against: Opened, record: Sequence[Finding] = ()) -> Rung:
     """The rung `vectors`: the relative error of every vector, in L2 norm; bit for bit where the dtype is the same.
 
-    An output's embeddings may lie in several files, one for each text encoder.
+    An output's embeddings may lie in several files, one for each text encoder. `record` is what `check_record` found.
     """
     source, truth = against
-    ours = _together(outputs)
+    findings = [*record, *(said for _, found in outputs for said in _misnamed(found))]
+    ours = _together(outputs, findings)
     theirs = [read_vectors(source, embedding) for embedding in truth.embeddings]
     names = [embedding.token for embedding in truth.embeddings]
-    pairs = _pairs([embedding for embedding, _ in ours], truth.embeddings)
-    findings, worst, exact, count = [], 0.0, 0, 0
+    pairs = _pairs(ours, truth.embeddings)
+    worst, exact, count = 0.0, 0, 0
     missing = [names[number] for number in range(len(names)) if number not in pairs.values()]
-    surplus = [ours[k][0].token for k in range(len(ours)) if k not in pairs]
+    surplus = [one.embedding.token for k, one in enumerate(ours) if k not in pairs]
     if missing:
         findings.append(_mismatch("", f"of the source's embeddings these are not in the output: {listed(missing)}."))
     if surplus:
         findings.append(_mismatch("", f"of the output's embeddings these are not in the source: {listed(surplus)}."))
     for k, number in pairs.items():
-        wanted, written = theirs[number], ours[k][1]
+        wanted, written = theirs[number], ours[k].vectors
         if wanted.keys() != written.keys():
             said = f"the source has vectors for {', '.join(wanted)}, the output for {', '.join(written) or 'none'}."
             findings.append(_mismatch(names[number], said))
@@ -70,7 +90,7 @@ def check_vectors(outputs: Sequence[Opened], against: Opened) -> Rung:
                 continue
             worst, count = max(worst, *errors, 0.0), count + len(errors)
             exact += sum(error == 0 for error in errors)
-            allowed = _allowed(truth.embeddings[number].vectors[key].dtype, ours[k][0].vectors[key].dtype)
+            allowed = _allowed(truth.embeddings[number].vectors[key].dtype, ours[k].embedding.vectors[key].dtype)
             wrong = [row for row, error in enumerate(errors) if not error <= allowed]
             if wrong:
                 said = f"vector {wrong[0] + 1} for {key} differs by {errors[wrong[0]]:.2e}; {allowed:.1e} is allowed."
@@ -79,18 +99,49 @@ def check_vectors(outputs: Sequence[Opened], against: Opened) -> Rung:
     return Rung("fail" if findings else "pass", figures=figures, findings=tuple(findings))
 
 
-def _together(outputs: Sequence[Opened]) -> list[tuple[Embedding, dict[str, Array]]]:
-    """The embeddings of several files by token, with the vectors for all text encoders."""
-    found: dict[str, tuple[Embedding, dict[str, Array]]] = {}
+def check_record(folder: Path, outputs: Sequence[Opened]) -> list[Finding]:
+    """What the record in a folder says otherwise than the files; nothing if there is no record.
+
+    Who loads by it gives the token along, so that Diffusers asks no file for its own.
+    """
+    try:
+        with (folder / RECORD_NAME).open("rb") as file:
+            record = json.loads(file.read(_LARGEST_RECORD))
+        said = {file["file"]: entry["token"] for entry in record["embeddings"] for file in entry["files"]}
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return [_mismatch("", f"the record {RECORD_NAME} cannot be read.")]
+    held = {Path(found.file).name: found.embeddings[0].token for _, found in outputs if found.kind == "embedding"}
+    wrong = sorted({str(name) for name, _ in said.items() ^ held.items()})
+    return [_mismatch("", f"the record {RECORD_NAME} says otherwise of {listed(wrong)}.")] if wrong else []
+
+
+def _misnamed(found: Detection) -> Iterator[Finding]:
+    """What a file's name or header says otherwise than its content."""
+    said = (found.metadata or {}).get(f"{PROVENANCE}token")
+    for embedding in found.embeddings:
+        if found.kind == "embedding" and said not in (None, embedding.token):
+            yield _mismatch(embedding.token, f"the file's header says that its token is {shown(said or '')}.")
+        for key in misplaced(found, embedding):
+            yield _mismatch(embedding.token, f"{shown(found.file)} is by its name not the file for {key}.")
+
+
+def _together(outputs: Sequence[Opened], findings: list[Finding]) -> list[_Written]:
+    """The embeddings of several files by token; `findings` gets those that are there twice."""
+    found: dict[str, _Written] = {}
     for source, detection in outputs:
         for embedding in detection.embeddings:
-            values = read_vectors(source, embedding)
-            if embedding.token in found:
-                first, vectors = found[embedding.token]
-                merged = Embedding(first.token, {**first.vectors, **embedding.vectors}, stated=first.stated)
-                found[embedding.token] = merged, {**vectors, **values}
-            else:
-                found[embedding.token] = embedding, values
+            values, token = read_vectors(source, embedding), embedding.token
+            if token not in found:
+                source_token = (detection.metadata or {}).get(f"{PROVENANCE}source_token", token)
+                found[token] = _Written(embedding, values, source_token)
+                continue
+            first = found[token]
+            if twice := first.vectors.keys() & values.keys():
+                findings.append(_mismatch(token, f"two files have vectors for {', '.join(sorted(twice))}."))
+            merged = Embedding(token, {**first.embedding.vectors, **embedding.vectors}, stated=first.embedding.stated)
+            found[token] = _Written(merged, {**first.vectors, **values}, first.source_token)
     return list(found.values())
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -23,15 +25,20 @@ from lora_convert.containers.folder import embedding_files
 from lora_convert.converters.metadata import PROVENANCE, Hashes, with_hashes
 from lora_convert.converters.plan import DTYPES, EmbeddingStep, Options, OutputFile, OutputTensor, Plan
 from lora_convert.converters.writer import header_bytes
-from lora_convert.families.encoders import EMBEDDING_FAMILIES, TextEncoder, title_of
+from lora_convert.families.encoders import EMBEDDING_FAMILIES, POOLED, TextEncoder, title_of
+from lora_convert.families.vocabulary import is_known
 from lora_convert.hashes import content_hashes
 from lora_convert.inspect.detection import Detection, Embedding
+from lora_convert.inspect.embeddings import MOST_READ
 from lora_convert.report import SCHEMA, Finding, counted, listed, printable, severest, shown
 
 __all__ = [
+    "RECORD_NAME",
+    "called_by_files",
     "embedding_files",
     "embedding_paths",
     "embedding_plan",
+    "misplaced",
     "read_vectors",
     "record_of",
     "record_path",
@@ -42,8 +49,11 @@ __all__ = [
 Array = NDArray[Any]
 
 _STEM = "learned_embeds"
-_MOST_READ = 75
-"""Vectors that a prompt has room for, beside the tokens that begin and end it."""
+RECORD_NAME = f"{_STEM}.json"
+"""What the record is called in a folder; `-o NAME.safetensors` makes it `NAME.json`."""
+
+_MOST_BYTES = 100
+"""Of a token in a file's name; names have at most 255 bytes, some of which are others'."""
 
 _UNFIT = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 """Characters that file names cannot have on some system."""
@@ -96,14 +106,16 @@ def with_embeddings(planned: Plan) -> Plan:
     named, findings = _named(planned.detection, options)
     steps, outputs = [], list(planned.outputs)
     for number, (embedding, token) in enumerate(named):
-        files = _files(planned, token, len(named) > 1, {output.path.lower() for output in outputs}, number)
+        arranged = _arranged(planned.detection, embedding, options)
+        slug, taken = _slug(token) or f"{number + 1}", {_on_disk(output.path) for output in outputs}
+        files = _files(planned, slug, len(named) > 1, arranged, taken)
         tensors: dict[str, OutputTensor] = {}
-        for name, encoders in _arranged(planned.detection, embedding, options).items():
+        for suffix, encoders in arranged.items():
             held = {key: _tensor(embedding, key, called, token, len(outputs), options) for key, called in encoders}
             tensors |= held
-            outputs.append(OutputFile(files(name), tuple(sorted(held.values(), key=lambda tensor: tensor.name))))
+            outputs.append(OutputFile(files[suffix], tuple(sorted(held.values(), key=lambda tensor: tensor.name))))
         steps.append(EmbeddingStep(embedding, token, tensors))
-    findings += _remarks(planned.detection, options, steps, outputs)
+    findings += _remarks(planned.detection, options, steps)
     status = "failed" if severest(findings) == "error" else planned.status
     found = (*planned.findings, *findings)
     return replace(planned, status=status, outputs=tuple(outputs), embeddings=tuple(steps), findings=found)
@@ -143,6 +155,16 @@ def _arranged(detection: Detection, embedding: Embedding, options: Options) -> d
     return arranged
 
 
+def misplaced(detection: Detection, embedding: Embedding) -> list[str]:
+    """The text encoders whose vectors the file has, though by its name for Diffusers it is another one's."""
+    named = re.match(rf"{_STEM}(_\d)?[-.]", PurePath(detection.file).name)
+    if named is None:
+        return []
+    own = [key for key, part in embedding.vectors.items() if part.tensor == embedding.token]  # not ComfyUI's `clip_g`
+    encoders = {key: _encoder(detection, embedding, key) for key in own}
+    return [key for key, encoder in encoders.items() if encoder and encoder.suffix != (named[1] or "")]
+
+
 def _suffix(detection: Detection, embedding: Embedding, key: str) -> str:
     encoder = _encoder(detection, embedding, key)
     return encoder.suffix if encoder else ""
@@ -154,18 +176,27 @@ def _tensor(embedding: Embedding, key: str, called: str, token: str, file: int, 
     return OutputTensor(called or token, dtype, (part.count, part.width), key, file)
 
 
-def _files(planned: Plan, token: str, several: bool, taken: set[str], number: int) -> Any:
-    """A function from the suffix of a text encoder to the name of its file."""
-    slug = _slug(token) or f"{number + 1}"
-    if _is_single(planned.options):
-        name = f"{slug}.safetensors"
-        return lambda suffix: name if name.lower() not in taken else f"{slug}_embedding.safetensors"
-    return lambda suffix: f"{_STEM}{suffix}{f'-{slug}' if several else ''}.safetensors"
+def _files(planned: Plan, slug: str, several: bool, suffixes: Iterable[str], taken: set[str]) -> dict[str, str]:
+    """By the suffix of a text encoder, the name of its file: the first that no other file has."""
+    beside_modules = [f"{slug}_embedding"] if planned.steps else []
+    for name in chain([slug], beside_modules, (f"{slug}_{number}" for number in count(2))):
+        if _is_single(planned.options):
+            files = dict.fromkeys(suffixes, f"{name}.safetensors")
+        else:
+            files = {suffix: f"{_STEM}{suffix}{f'-{name}' if several else ''}.safetensors" for suffix in suffixes}
+        if taken.isdisjoint(map(_on_disk, files.values())):
+            return files
+    raise AssertionError("unreachable")
+
+
+def _on_disk(name: str) -> str:
+    """What names of files have in common that are one file on some system."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _slug(token: str) -> str:
     """A token as a part of a file's name; never a path, and a name on every system."""
-    text = _UNFIT.sub("", printable(token)).strip(". ")[:100]
+    text = _UNFIT.sub("", printable(token)).strip(". ").encode()[:_MOST_BYTES].decode(errors="ignore").rstrip(". ")
     return f"_{text}" if _RESERVED.fullmatch(text) else text
 
 
@@ -177,6 +208,27 @@ def embedding_paths(planned: Plan, out: Path) -> list[Path]:
     if not planned.module_files and not _is_single(planned.options):
         return [out.with_name(output.path.replace(_STEM, out.stem, 1)) for output in outputs]
     return [out.with_name(f"{out.stem}_{output.path}") for output in outputs]
+
+
+def called_by_files(planned: Plan, *, asked: bool) -> Plan:
+    """The plan with what is to be said where files have other names than tokens, since their readers go by the names;
+    `asked` if a user gave the names.
+    """
+    findings = []
+    for step in planned.embeddings if _is_single(planned.options) else ():
+        name, subject = (
+            PurePath(planned.outputs[next(iter(step.outputs.values())).file].path).stem,
+            step.source.tensors[0],
+        )
+        if name == step.token:
+            continue
+        if asked:
+            message = f"A1111 and ComfyUI call it by the file's name, {shown(name)}, and not {shown(step.token)}."
+            findings.append(Finding("token-differs", "note", subject, message))
+        else:
+            message = f"No file here can have the name {shown(step.token)}; {shown(name)} is then the word to prompt."
+            findings.append(Finding("token-renamed", "warning", subject, message))
+    return replace(planned, findings=(*planned.findings, *findings))
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -196,6 +248,9 @@ def _named(detection: Detection, options: Options) -> tuple[list[tuple[Embedding
     for number, embedding in enumerate(embeddings):
         given_token = options.token[number] if number < len(options.token) else None
         token, remarks = _token(embedding, given_token, not _is_single(options))
+        if not _is_single(options) and is_known(token, detection.family):
+            remarks.append(_known(embedding, token, given_token is not None))
+            token = token if given_token is not None else _bracketed(token, embeddings)
         findings += remarks
         named.append((embedding, token))
     twice = sorted({token for _, token in named if [other.lower() for _, other in named].count(token.lower()) > 1})
@@ -232,6 +287,24 @@ def _token(embedding: Embedding, given: str | None, lowers: bool) -> tuple[str, 
     return typed, findings
 
 
+def _bracketed(token: str, others: Sequence[Embedding]) -> str:
+    taken = {embedding.token.lower() for embedding in others}
+    while token.lower() in taken:
+        token = f"<{token}>"
+    return token
+
+
+def _known(embedding: Embedding, token: str, given: bool) -> Finding:
+    """What is said of a token that is in the vocabulary: it is put into brackets, unless the user wants it so."""
+    subject = next(iter(embedding.tensors), "")
+    message = f"{shown(token)} is a token of the base model's vocabulary, which Diffusers' own loader refuses."
+    if given:
+        fix = f"--token '<{shown(token)}>' gives one that it takes; lora_convert.apply takes this one."
+        return Finding("token-known", "warning", subject, message, fix)
+    message += f" It is written as <{shown(token)}>, and so it is to be spelt in prompts."
+    return Finding("token-renamed", "warning", subject, message, "--token gives it another.")
+
+
 def _other_name(detection: Detection, embedding: Embedding) -> Finding | None:
     """The note that A1111 calls a file of its own by the file's name, not by the name inside it."""
     path = PurePath(detection.file)
@@ -245,10 +318,8 @@ def _other_name(detection: Detection, embedding: Embedding) -> Finding | None:
     return Finding("token-differs", "note", "", message, f"--token {shown(path.stem)} keeps that name.")
 
 
-def _remarks(
-    detection: Detection, options: Options, steps: Sequence[EmbeddingStep], outputs: Sequence[OutputFile]
-) -> list[Finding]:
-    """What is to be said of the files as they are written."""
+def _remarks(detection: Detection, options: Options, steps: Sequence[EmbeddingStep]) -> list[Finding]:
+    """What is to be said of the vectors as they are written."""
     findings = []
     for step in steps:
         embedding, subject = step.source, next(iter(step.source.tensors), "")
@@ -256,12 +327,8 @@ def _remarks(
             families = " or ".join(rival.family for rival in detection.rivals) or "FAMILY"
             message = "Which text encoder the vectors are for depends on the base model, which the file does not name."
             findings.append(Finding("ambiguous-family", "error", subject, message, f"Name it: --family {families}."))
-        name = PurePath(outputs[next(iter(step.outputs.values())).file].path).stem
-        if _is_single(options) and name != step.token:
-            message = f"Files cannot have the name {shown(step.token)}; it is {name}, which is then the word to prompt."
-            findings.append(Finding("token-renamed", "warning", subject, message))
-        if embedding.count > _MOST_READ:
-            message = f"A prompt has room for {_MOST_READ} of its {embedding.count} vectors; the others have no effect."
+        if embedding.count > MOST_READ:
+            message = f"A prompt has room for {MOST_READ} of its {embedding.count} vectors; the others have no effect."
             findings.append(Finding("prompt-truncated", "warning", subject, message))
         retyped = {(embedding.vectors[key].dtype, tensor.dtype) for key, tensor in step.outputs.items()}
         for before, after in sorted(pair for pair in retyped if pair[0] != pair[1]):
@@ -341,7 +408,8 @@ def _metadata(planned: Plan, content: _Content, source: Source) -> dict[str, str
     for name, text in (("family", detection.family), ("trainer", detection.trainer)):
         if text:
             kept[f"{PROVENANCE}{name}"] = text
-    return dict(sorted(kept.items()))
+    # names in pickles and pictures may hold halves of surrogate pairs, which safetensors cannot
+    return {key: text.encode(errors="backslashreplace").decode() for key, text in sorted(kept.items())}
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -351,15 +419,18 @@ def record_path(planned: Plan) -> Path | None:
     """Where the record of the embeddings goes: beside their files; None if there is none."""
     if not planned.embeddings or _is_single(planned.options):
         return None
-    first = next(iter(planned.embeddings[0].outputs.values())).file
-    path = Path(planned.outputs[first].path)
-    stem = _STEM if path.name.startswith(_STEM) else path.stem
-    return path.with_name(f"{stem}.json")
+    first = planned.embeddings[0]
+    path = Path(planned.outputs[next(iter(first.outputs.values())).file].path)
+    if path.name.startswith(_STEM):
+        return path.with_name(RECORD_NAME)
+    own = f"-{_slug(first.token)}" if len(planned.embeddings) > 1 else ""
+    return path.with_name(f"{path.stem.removesuffix(own)}.json")
 
 
 def record_of(planned: Plan, sha256: str) -> dict[str, Any]:
     """What the record says: which file goes to which text encoder, and how to load them."""
     entries, lines = [], ['folder = "."  # where this record is']
+    pooled: set[TextEncoder] = set()
     for step in planned.embeddings:
         files = []
         for key, tensor in step.outputs.items():
@@ -377,7 +448,9 @@ def record_of(planned: Plan, sha256: str) -> dict[str, Any]:
                 }
             )
             lines.append(_loading(name, step.token, encoder))
+            pooled |= {encoder} if _is_pooled(planned.detection, encoder) else set()
         entries.append({"token": step.token, "vectors": step.source.count, "files": files})
+    lines += [_finding_the_end(encoder) for encoder in pooled]
     lines.append(f"image = pipe({_prompt(planned)}).images[0]")
     loads = planned.detection.family not in _WITHOUT_LOADER
     return {
@@ -397,6 +470,21 @@ def _loading(name: str, token: str, encoder: TextEncoder) -> str:
     if encoder.suffix:
         line += f", text_encoder=pipe.{encoder.component}, tokenizer=pipe.{encoder.tokenizer}"
     return f"{line})"
+
+
+def _is_pooled(detection: Detection, encoder: TextEncoder) -> bool:
+    families = [detection.family] if detection.family else [rival.family for rival in detection.rivals]
+    return any(POOLED.get(family or "") == encoder.component for family in families) and encoder.key != "t5xxl"
+
+
+def _finding_the_end(encoder: TextEncoder) -> str:
+    """A line of Python that makes the encoder take its pooled output at the end of the text.
+
+    Those of SDXL and Flux have a configuration of before transformers 4.31 (`eos_token_id` 2), with which they take it
+    at the largest id instead: that of a token that was added.
+    """
+    part, tokenizer = f"pipe.{encoder.component}", f"pipe.{encoder.tokenizer}"
+    return f'getattr({part}, "text_model", {part}).eos_token_id = {tokenizer}.eos_token_id'
 
 
 def _prompt(planned: Plan) -> str:

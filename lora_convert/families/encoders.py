@@ -8,7 +8,7 @@ from math import sqrt
 
 from lora_convert.families import FAMILIES
 
-__all__ = ["EMBEDDING_FAMILIES", "TextEncoder", "title_of", "usual_norm"]
+__all__ = ["EMBEDDING_FAMILIES", "POOLED", "TextEncoder", "title_of", "usual_norm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,15 @@ EMBEDDING_FAMILIES: Mapping[str, tuple[TextEncoder, ...]] = {
     **_WITHOUT_TABLES,
 }
 """Every base model that an embedding may be for -> its text encoders, in the pipeline's order."""
+
+
+POOLED: Mapping[str, str] = {
+    "sdxl": "text_encoder_2",
+    "sdxl-refiner": "text_encoder_2",
+    "tiny-sdxl": "text_encoder_2",
+    "flux": "text_encoder",
+}
+"""Base models whose pipelines use a text encoder's pooled output, and of which they do."""
 
 
 def usual_norm(key: str, width: int) -> float:

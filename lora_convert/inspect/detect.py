@@ -154,6 +154,8 @@ def detect(
         trigger_words=trigger_words(header.metadata),
         training=training_facts(header.metadata),
     )
+    if embeddings.is_own(header):
+        return embeddings.describe(source, base, family, read_values=read_alphas)
     vectors, numbers = embeddings.bundled(header)
     beside = {*numbers, *(one.vectors.tensor for one in vectors)}
     groups, strays = group_tensors(name for name in header.tensors if name not in beside)

@@ -23,18 +23,24 @@ from lora_convert.report import MOST_FINDINGS, Finding, counted, listed, shown
 
 __all__ = [
     "FORMS",
+    "MOST_READ",
     "MOST_VECTORS",
     "Form",
     "bundled",
     "carried",
     "describe",
     "family_of",
+    "is_own",
     "looks_like_embedding",
     "widths",
 ]
 
 MOST_VECTORS = 1024
-"""More vectors than this are no embedding but a table; a prompt has room for 75."""
+"""More vectors than this are no embedding but a table."""
+
+MOST_READ = 75
+"""Vectors that a prompt has room for, beside the tokens that begin and end it. What has more, and only a name that may
+be anything, is another kind of table."""
 
 _ABSURD = 100.0
 """Times the usual norm, or its inverse: what no training ends at, though norms ten times the usual one are common."""
@@ -79,7 +85,7 @@ _ENCODERS = {"t5": "t5xxl", "0": "clip_l", "1": "clip_g"}
 """Other names of text encoders."""
 
 _BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<rest>string_to_(?:param|token)\..+|[^.]+)", re.DOTALL)
-_ITEM = re.compile(r"\d+\.(?P<rest>.+)", re.DOTALL)
+_ITEM = re.compile(r"(?P<number>\d+)\.(?P<rest>.+)", re.DOTALL)
 _TOKEN_NUMBER = re.compile(r"(bundle_emb\..+\.)?string_to_token\..+", re.DOTALL)
 """The number that stood for the token while training; it means nothing elsewhere."""
 
@@ -121,10 +127,7 @@ def _named(header: Header, tensor: str, name: str, bundle: str | None = None) ->
     vectors = _vectors(header, tensor)
     if vectors is None:
         return None
-    item = _ITEM.fullmatch(name)
-    name = item["rest"] if item else name
-    own = header.metadata.get("lora_convert.token") == name  # whatever else a token of ours may look like
-    for form in (_DIFFUSERS,) if own else (*FORMS, _DIFFUSERS):
+    for form in (_DIFFUSERS,) if _is_own(header, tensor, name) else (*FORMS, _DIFFUSERS):
         if found := form.pattern.fullmatch(name):
             said = found.groupdict()
             encoder = said.get("encoder")
@@ -134,18 +137,51 @@ def _named(header: Header, tensor: str, name: str, bundle: str | None = None) ->
     return None
 
 
+def _names_inside(header: Header) -> dict[str, str]:
+    """By tensor, its name without the number of its dictionary in a list, or of its file in a folder; without the
+    numbers of tokens.
+    """
+    found = {name: _ITEM.fullmatch(name) for name in header.tensors}
+    numbers = {item["number"] for item in found.values() if item}
+    # names of safetensors are not joined: there `2.5d` is a token
+    listed_ones = not header.data_start and all(found.values()) and numbers == set(map(str, range(len(numbers))))
+    names = {tensor: item["rest"] if item and listed_ones else tensor for tensor, item in found.items()}
+    return {
+        tensor: name
+        for tensor, name in names.items()
+        if _is_own(header, tensor, name) or not _TOKEN_NUMBER.fullmatch(name)
+    }
+
+
+def _is_own(header: Header, tensor: str, name: str) -> bool:
+    """Whether the name is the token of a file of ours for Diffusers, whatever else it may look like."""
+    prefix = tensor.removesuffix(name)
+    said = header.extras if prefix else header.metadata
+    alone = "," not in said.get(f"{prefix}lora_convert.encoder", "")  # else it is one of several text encoders
+    return alone and said.get(f"{prefix}lora_convert.token") == name
+
+
+def is_own(header: Header) -> bool:
+    """Whether all tensors of a file or folder are of embeddings that `convert` wrote for Diffusers."""
+    names = _names_inside(header)
+    return bool(names) and all(_is_own(header, tensor, names.get(tensor, "")) for tensor in header.tensors)
+
+
 def looks_like_embedding(header: Header) -> bool:
     """Whether all tensors of a file are vectors as wide as a text encoder's, or are named as embeddings are."""
     known, most = set(widths()), 64
-    names = [name for name in header.tensors if not _TOKEN_NUMBER.fullmatch(name)]
-    found = [_named(header, name, name) for name in names]
+    names = _names_inside(header)
+    found = [_named(header, tensor, name) for tensor, name in names.items()]
     if not names or len(names) > most:
         return False
     if any(one is not None and one.form is not _DIFFUSERS for one in found):
         return True
     return all(
-        one is not None and one.vectors.width in known and not name.endswith((".weight", ".bias"))
-        for name, one in zip(names, found, strict=True)
+        one is not None
+        and one.vectors.width in known
+        and one.vectors.count <= MOST_READ
+        and name.rpartition(".")[2] not in ("weight", "bias")
+        for name, one in zip(names.values(), found, strict=True)
     )
 
 
@@ -171,18 +207,17 @@ def bundled(header: Header) -> tuple[list[_Named], list[str]]:
 def describe(source: Source, base: Detection, family: str | None, *, read_values: bool = True) -> Detection:
     """The detection of an embedding file: its tokens and vectors, the base model if it can be known, what is wrong."""
     header = source.header
-    if all(_LAYERS.fullmatch(name) for name in header.tensors):
+    if all(_LAYERS.fullmatch(name) for name in header.tensors) and not is_own(header):
         message = (
             "This is an extended textual inversion (XTI), with vectors for every layer of the UNet: it has no form as "
             "an embedding of a text encoder."
         )
         return _refused(base, Finding("unsupported-kind", "error", "", message))
-    names = [name for name in header.tensors if not _TOKEN_NUMBER.fullmatch(name)]
-    tensors = {name: _named(header, name, name) for name in names}
+    tensors = {tensor: _named(header, tensor, name) for tensor, name in _names_inside(header).items()}
     unexplained = tuple(name for name, one in tensors.items() if one is None)
     found = [one for one in tensors.values() if one is not None]
     findings = [_unexplained(name) for name in unexplained[:MOST_FINDINGS]]
-    if any(one.vectors.count == 0 for one in found):
+    if not all(one.vectors.count for one in found) or not found:
         findings.append(Finding("empty-file", "error", "", "The embedding has no vectors."))
         return replace(base, kind="embedding", findings=(*base.findings, *findings))
     choice = _choose(found, header, family)

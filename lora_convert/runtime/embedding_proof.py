@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from lora_convert.containers import Source, opened
-from lora_convert.converters.embeddings import embedding_files, read_vectors
+from lora_convert.converters.embeddings import RECORD_NAME, embedding_files, read_vectors
 from lora_convert.converters.fidelity import Rung
+from lora_convert.converters.metadata import PROVENANCE
 from lora_convert.errors import FileError
 from lora_convert.families.encoders import EMBEDDING_FAMILIES, TextEncoder
 from lora_convert.inspect.detect import detect
@@ -40,7 +41,6 @@ __all__ = ["EmbeddingProof", "Placement", "check_loaded", "loaded", "placements"
 Array = NDArray[Any]
 Opened = tuple[Source, Detection]
 
-_RECORD = "learned_embeds.json"
 _LARGEST_RECORD = 1 << 20
 _MIDDLE = "a {} b"
 _OLD_END = 2
@@ -61,7 +61,7 @@ def placements(path: Path, family: str | None) -> tuple[Placement, ...]:
     without one as they say themselves. None for files in another layout than Diffusers'. Raises FileError.
     """
     files = embedding_files(path) if path.is_dir() else (path,)
-    record = (path if path.is_dir() else path.parent) / _RECORD
+    record = (path if path.is_dir() else path.parent) / RECORD_NAME
     if record.is_file():
         recorded = list(_recorded(record, {file.name: file for file in files}))
         if path.is_dir() or recorded:
@@ -119,15 +119,21 @@ def load_one(pipeline: Any, placement: Placement) -> None:
 
 
 def words_of(outputs: Sequence[Opened], sources: Sequence[Opened]) -> tuple[Word, ...]:
-    """The sources' embeddings by the tokens of the output: alike but for capitals, or else the next in order."""
+    """The sources' embeddings by the tokens of the output: what the output says that its token was before, or one alike
+    but for capitals, or else the next in order.
+    """
     vectors: dict[str, dict[str, Array]] = {}
     for source, found in sources:
         for embedding in found.embeddings:
             vectors.setdefault(embedding.token, {}).update(read_vectors(source, embedding))
-    tokens = list(dict.fromkeys(embedding.token for _, found in outputs for embedding in found.embeddings))
-    alike = {token.lower(): token for token in tokens}
+    tokens = {
+        embedding.token: (found.metadata or {}).get(f"{PROVENANCE}source_token", embedding.token).lower()
+        for _, found in outputs
+        for embedding in found.embeddings
+    }
+    alike = {before: token for token, before in tokens.items()}
     named = {token.lower() for token in vectors}
-    others = iter([token for token in tokens if token.lower() not in named])
+    others = iter([token for token, before in tokens.items() if before not in named])
     return tuple(Word(alike.get(token.lower()) or next(others, token), held) for token, held in vectors.items())
 
 
