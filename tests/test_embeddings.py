@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_convert
 from lora_convert.cli import cli
-from lora_convert.containers import opened
+from lora_convert.containers import hub, opened
 from lora_convert.converters.embeddings import RECORD_NAME, embedding_files, read_vectors
 from lora_convert.families.encoders import EMBEDDING_FAMILIES
 
@@ -846,3 +846,29 @@ def test_a_wrong_folder_is_no_proof(title, tmp_path):
     spoil(*[*sorted((tmp_path / "out").glob("learned*.safetensors")), None, None][:2], tmp_path / "out" / RECORD_NAME)
     result = lora_convert.validate(tmp_path / "out", source)
     assert not result.ok and "vectors-mismatch" in names_of(result.findings)
+
+
+def test_a_name_from_the_hub_is_not_that_of_its_cache(tmp_path, monkeypatch):
+    commit = "a" * 40
+    cached = embedding(tmp_path / "snapshots" / commit, "embeddings.safetensors")
+    monkeypatch.setattr(hub, "download", lambda address, quiet: cached)
+    assert token_of(lora_convert.convert("hf://owner/sks-repo/embeddings.safetensors", tmp_path / "1")) == "sks-repo"
+    assert token_of(lora_convert.convert("hf://owner/sks-repo", tmp_path / "2")) == "sks-repo"
+
+
+def test_an_embedding_has_no_rank(tmp_path):
+    result = lora_convert.convert(embedding(tmp_path), tmp_path / "out", rank=4)
+    assert result.status == "refused" and names_of(result.findings) >= {"unsupported-kind"}
+    said = CliRunner().invoke(cli, ["resize", str(embedding(tmp_path)), "--rank", "4", "-o", str(tmp_path / "out")])
+    assert "no rank" in said.output and not (tmp_path / "out").exists()
+
+
+def test_the_sign_of_a_zero_is_a_bit_too(tmp_path):
+    source = embedding(tmp_path, emb_params=np.array([[0.0, 0.5] * 384], np.float32))
+    lora_convert.convert(source, tmp_path / "out")
+    path = tmp_path / "out" / "learned_embeds.safetensors"
+    with safe_open(path, "np") as file:
+        values, metadata = file.get_tensor("sksx"), file.metadata()
+    values[0, 0] = -0.0
+    save_file({"sksx": values}, path, metadata)
+    assert not lora_convert.validate(tmp_path / "out", source).ok

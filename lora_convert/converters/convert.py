@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from lora_convert._version import __version__
@@ -158,6 +158,18 @@ def local_path(target: _T, progress: Progress | None = None) -> _T | Path:
     return download(target, quiet=progress is None)
 
 
+@contextlib.contextmanager
+def _opened_whole(target: Target, max_header: int, skip: Sequence[str], progress: Progress | None) -> Iterator[Source]:
+    """`opened`, of an address on a hub the download, under the address: the cache's folders are named by commits."""
+    local = local_path(target, progress)
+    with opened(local, max_header, skip) as source:
+        if isinstance(target, str) and target.startswith("hf://"):
+            name = PurePath(source.header.path).name
+            address = target if target.endswith(f"/{name}") else f"{target.rstrip('/')}/{name}"
+            source.header = replace(source.header, path=address)
+        yield source
+
+
 def _options(options: Mapping[str, Any]) -> Options:
     unknown = options.keys() - {field.name for field in fields(Options)}
     if unknown:
@@ -290,7 +302,7 @@ def convert(
     """
     asked = _options(options)
     try:
-        with opened(local_path(target, progress), max_header, asked.skip) as source:
+        with _opened_whole(target, max_header, asked.skip, progress) as source:
             planned = _planned(source, asked)
             if planned.ok:
                 _check_places(_placed(planned, Path(out)), [target, *beside], force)
@@ -600,7 +612,7 @@ def _open_truth(
 ) -> Opened:
     """The source, open, with what it is. Raises _UnsoundError."""
     try:
-        source = stack.enter_context(opened(local_path(against, progress), max_header, skip))
+        source = stack.enter_context(_opened_whole(against, max_header, skip, progress))
         truth = detect(source, family=family, config=config)
     except FileError as error:
         raise _UnsoundError(against, error.findings) from None

@@ -156,6 +156,9 @@ def _errors(wanted: Array, written: Array) -> list[float] | None:
         return None
     first, second = wanted.astype(np.float64), written.astype(np.float64)
     norms, distances = np.linalg.norm(first, axis=1), np.linalg.norm(first - second, axis=1)
+    if wanted.dtype == written.dtype:  # 0 and -0 are not the same bits
+        same = [one.tobytes() == other.tobytes() for one, other in zip(wanted, written, strict=True)]
+        distances = np.where(same, 0.0, np.maximum(distances, np.finfo(np.float64).tiny))
     return [float(d) if d == 0 else float(d / n) if n else float("inf") for d, n in zip(distances, norms, strict=True)]
 
 

@@ -78,6 +78,10 @@ def embedding_plan(detection: Detection, options: Options) -> Plan:
     if options.to == "peft":
         said = Finding("unsupported-kind", "error", "", "peft has no form for embeddings.", "Leave --to peft out.")
         findings = (*findings, said)
+    if options.truncates:
+        message = "An embedding has no rank that could be cut."
+        said = Finding("unsupported-kind", "error", "", message, "Leave --rank and --max-error out.")
+        findings = (*findings, said)
     return with_embeddings(_judged(Plan(detection.file, "planned", detection, options, findings=findings)))
 
 
@@ -216,10 +220,8 @@ def called_by_files(planned: Plan, *, asked: bool) -> Plan:
     """
     findings = []
     for step in planned.embeddings if _is_single(planned.options) else ():
-        name, subject = (
-            PurePath(planned.outputs[next(iter(step.outputs.values())).file].path).stem,
-            step.source.tensors[0],
-        )
+        file = planned.outputs[next(iter(step.outputs.values())).file]
+        name, subject = PurePath(file.path).stem, step.source.tensors[0]
         if name == step.token:
             continue
         if asked:
@@ -430,7 +432,7 @@ def record_path(planned: Plan) -> Path | None:
 def record_of(planned: Plan, sha256: str) -> dict[str, Any]:
     """What the record says: which file goes to which text encoder, and how to load them."""
     entries, lines = [], ['folder = "."  # where this record is']
-    pooled: set[TextEncoder] = set()
+    pooled: list[TextEncoder] = []
     for step in planned.embeddings:
         files = []
         for key, tensor in step.outputs.items():
@@ -448,9 +450,9 @@ def record_of(planned: Plan, sha256: str) -> dict[str, Any]:
                 }
             )
             lines.append(_loading(name, step.token, encoder))
-            pooled |= {encoder} if _is_pooled(planned.detection, encoder) else set()
+            pooled += [encoder] if _is_pooled(planned.detection, encoder) else []
         entries.append({"token": step.token, "vectors": step.source.count, "files": files})
-    lines += [_finding_the_end(encoder) for encoder in pooled]
+    lines += [_finding_the_end(encoder) for encoder in dict.fromkeys(pooled)]
     lines.append(f"image = pipe({_prompt(planned)}).images[0]")
     loads = planned.detection.family not in _WITHOUT_LOADER
     return {

@@ -10,6 +10,7 @@ and no weight is changed that would have to be put back bit for bit.
 from __future__ import annotations
 
 import copy
+import threading
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ _FIRST_KEPT = 0xF0000
 _PLAIN = 0
 """The id that the encoder is given in a vector's place; any below that of the end of text will do."""
 
+_READERS = "_lora_convert_readers"
+"""Where a pipeline keeps its readers, for the case that it is given other encoders meanwhile."""
+
 
 @dataclass(frozen=True, eq=False)
 class Word:
@@ -54,7 +58,8 @@ class Word:
 class _Reader:
     """What one text encoder and its tokenizer read besides their vocabulary.
 
-    The encoder's hooks are its own methods, so that a deep copy of a pipeline has readers of its own.
+    The encoder's hooks are its own methods, so that a deep copy of a pipeline has readers of its own. What they hand on
+    to each other is each thread's own, since pipelines that are used at once may share an encoder.
     """
 
     def __init__(self, encoder: Any, tokenizer: Any) -> None:
@@ -63,11 +68,12 @@ class _Reader:
         self._own = tokenizer.backend_tokenizer
         self._first = 0
         self._vectors = torch.empty(0)
-        self._ids: torch.Tensor | None = None
-        self._hooks = (
+        self._ids: dict[int, torch.Tensor] = {}
+        self._table = encoder.get_input_embeddings()
+        self._hooks = [
             encoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            encoder.get_input_embeddings().register_forward_hook(self._behind),
-        )
+            self._table.register_forward_hook(self._behind),
+        ]
 
     def read(self, words: Sequence[tuple[Word, Array]]) -> None:
         """Read these words, and nothing else besides the vocabulary; without any, all is as it was."""
@@ -96,23 +102,35 @@ class _Reader:
     def _ours(self, ids: torch.Tensor) -> torch.Tensor:
         return (ids >= self._first) & (ids < self._first + len(self._vectors))
 
+    def _follow(self) -> None:
+        """Peft and others put another table in the place of the one that the encoder had, or around it."""
+        table = self.encoder.get_input_embeddings()
+        if table is not self._table:
+            self._hooks.pop().remove()
+            self._hooks.append(table.register_forward_hook(self._behind))
+            self._table = table
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, encoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """In front of the encoder: remember where our tokens are, and put a plain one in their place."""
         ids = options.get("input_ids", arguments[0] if arguments else None)
-        self._ids = None
+        self._ids.pop(threading.get_ident(), None)
         if not isinstance(ids, torch.Tensor) or not (ours := self._ours(ids)).any():
             return None
-        self._ids = ids
+        self._follow()
+        self._ids[threading.get_ident()] = ids
         plain = ids.masked_fill(ours, _PLAIN)
         if "input_ids" in options:
             return arguments, {**options, "input_ids": plain}
         return (plain, *arguments[1:]), options
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _behind(self, table: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         """Behind the table: put the vectors in."""
-        if self._ids is None:
+        given = self._ids.pop(threading.get_ident(), None)
+        if given is None:
             return None
-        ids, self._ids = self._ids.reshape(output.shape[:-1]).cpu(), None
+        ids = given.reshape(output.shape[:-1]).cpu()
         ours = self._ours(ids)
         changed = output.clone()
         changed[ours.to(output.device)] = self._vectors[ids[ours] - self._first].to(output.dtype).to(output.device)
@@ -187,7 +205,9 @@ def place(pipeline: Any, family: str, words: Sequence[Word]) -> tuple[Finding, .
     that cannot be extended; FileError with `overflow` or `not-finite` for vectors that the encoder cannot take. Then
     the pipeline is as before.
     """
-    encoders = [encoder for encoder in EMBEDDING_FAMILIES[family] if getattr(pipeline, encoder.component, None)]
+    encoders = [
+        encoder for encoder in EMBEDDING_FAMILIES[family] if getattr(pipeline, encoder.component, None) is not None
+    ]
     _check_tokens(pipeline, encoders, words)
     _check_tokenizers(pipeline, encoders)
     findings = [finding for word in words for finding in _unfit(pipeline, encoders, word)]
@@ -198,7 +218,10 @@ def place(pipeline: Any, family: str, words: Sequence[Word]) -> tuple[Finding, .
         for encoder in encoders:
             own = [(word, word.vectors[encoder.key]) for word in words if encoder.key in word.vectors]
             if own:
-                reader = _reader(pipeline, encoder) or _Reader(*_parts(pipeline, encoder))
+                reader = _reader(pipeline, encoder)
+                if reader is None:
+                    reader = _Reader(*_parts(pipeline, encoder))
+                    vars(pipeline).setdefault(_READERS, []).append(reader)
                 reader.read([*reader.words, *own])
     except BaseException:
         take_off(pipeline, words)
@@ -218,6 +241,7 @@ def take_off(pipeline: Any, words: Sequence[Word]) -> None:
     if not any(reader.words for reader in readers):
         for name in ("load_textual_inversion", "unload_textual_inversion"):
             vars(pipeline).pop(name, None)
+        vars(pipeline).pop(_READERS, None)
 
 
 def is_placed(pipeline: Any, word: Word) -> bool:
@@ -242,20 +266,28 @@ def unused(pipeline: Any, words: Sequence[Word], texts: Sequence[str]) -> bool:
     return True
 
 
+def _model(pipeline: Any, component: str) -> Any:
+    """A text encoder; of a compiled one the module that was compiled, for `torch.compile` has no hooks of its own."""
+    model = getattr(pipeline, component, None)
+    return getattr(model, "_orig_mod", model)
+
+
 def _parts(pipeline: Any, encoder: TextEncoder) -> tuple[Any, Any]:
-    return getattr(pipeline, encoder.component), getattr(pipeline, encoder.tokenizer)
+    return _model(pipeline, encoder.component), getattr(pipeline, encoder.tokenizer)
 
 
 def _readers(pipeline: Any) -> Iterator[_Reader]:
-    for name in ("text_encoder", "text_encoder_2"):
-        model = getattr(pipeline, name, None)
-        if isinstance(model, torch.nn.Module):
-            owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-            yield from (owner for owner in owners if isinstance(owner, _Reader))
+    """The readers of the pipeline's encoders, also of those that another pipeline shares or that it has no longer."""
+    models = [_model(pipeline, name) for name in ("text_encoder", "text_encoder_2")]
+    hooks = [hook for model in models for hook in getattr(model, "_forward_pre_hooks", {}).values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    found = [owner for owner in owners if isinstance(owner, _Reader)]
+    yield from found
+    yield from (reader for reader in vars(pipeline).get(_READERS, ()) if reader.words and reader not in found)
 
 
 def _reader(pipeline: Any, encoder: TextEncoder) -> _Reader | None:
-    model = getattr(pipeline, encoder.component)
+    model = _model(pipeline, encoder.component)
     return next((reader for reader in _readers(pipeline) if reader.encoder is model), None)
 
 
@@ -283,6 +315,11 @@ def _check_tokenizers(pipeline: Any, encoders: Sequence[TextEncoder]) -> None:
         if not hasattr(tokenizer, "backend_tokenizer"):
             said = f"the pipeline's {type(tokenizer).__name__} cannot be given tokens for every vector"
             raise UsageError(f"{said}; install transformers 5 or later, or open the base model with CLIPTokenizerFast")
+    for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
+        exchanged = tokenizer.backend_tokenizer.token_to_id(chr(_FIRST)) is not None
+        if exchanged and _reader(pipeline, encoder) is None:
+            said = f"embeddings were applied to another {encoder.component} that has the same {encoder.tokenizer}"
+            raise UsageError(f"{said}; remove those first, or give the pipeline a copy of the tokenizer")
     if len({id(tokenizer) for tokenizer in tokenizers}) < len(tokenizers):
         raise UsageError("the pipeline's text encoders share one tokenizer; give it a copy for the second one")
 
