@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 import lora_convert
 from lora_convert.cli import cli
 from lora_convert.containers import hub, opened
-from lora_convert.converters.embeddings import RECORD_NAME, embedding_files, read_vectors
+from lora_convert.converters.embedding_record import RECORD_NAME
+from lora_convert.converters.embeddings import embedding_files, read_vectors
 from lora_convert.families.encoders import EMBEDDING_FAMILIES
 
 FORMATS = FIXTURES / "embeddings" / "formats"

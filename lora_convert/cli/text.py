@@ -151,7 +151,7 @@ def _step_line(step: Step, resolved: bool) -> str:
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """What `convert --dry-run` prints of one file."""
-    from lora_convert.converters.embeddings import record_path
+    from lora_convert.converters.embedding_record import record_path
 
     yield click.style(printable(plan.file), bold=True) + f"  {_what(plan.detection)}"
     if plan.ok:

@@ -18,14 +18,12 @@ from lora_convert.containers.header import MAX_HEADER_LIMIT
 from lora_convert.containers.source import FileReader, chunks_of, open_path, read_header
 from lora_convert.converters.base import BaseWeights, open_base
 from lora_convert.converters.embedding_proof import check_record, check_values, check_vectors
+from lora_convert.converters.embedding_record import RECORD_NAME, record_of, record_path
 from lora_convert.converters.embeddings import (
-    RECORD_NAME,
     called_by_files,
     embedding_files,
     embedding_paths,
     embedding_plan,
-    record_of,
-    record_path,
     with_embeddings,
     write_embeddings,
 )

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lora_convert.containers import Source
-from lora_convert.converters.embeddings import RECORD_NAME, Array, misplaced, read_vectors
+from lora_convert.converters.embedding_record import RECORD_NAME
+from lora_convert.converters.embeddings import Array, misplaced, read_vectors
 from lora_convert.converters.fidelity import TOLERANCE, Rung
 from lora_convert.converters.metadata import PROVENANCE
 from lora_convert.inspect.detection import Detection, Embedding
@@ -58,45 +58,58 @@ def _pairs(ours: Sequence[_Written], theirs: Sequence[Embedding]) -> dict[int, i
     return pairs | dict(zip((k for k in range(len(ours)) if k not in pairs), left, strict=False))
 
 
+@dataclass
+class _Comparison:
+    """What came of comparing vectors: how many, how many exactly, the largest relative error, and what is wrong."""
+
+    findings: list[Finding]
+    vectors: int = 0
+    exact: int = 0
+    worst: float = 0.0
+
+    def compare(self, truth: Embedding, wanted: Mapping[str, Array], written: _Written) -> None:
+        """Compare the vectors of one embedding, `wanted` being the source's by text encoder."""
+        if wanted.keys() != written.vectors.keys():
+            ours = ", ".join(written.vectors) or "none"
+            said = f"the source has vectors for {', '.join(wanted)}, the output for {ours}."
+            self.findings.append(_mismatch(truth.token, said))
+            return
+        for key, values in wanted.items():
+            errors = _errors(values, written.vectors[key])
+            if errors is None:
+                there = counted(len(values), "vector")
+                said = f"for {key} there are {there}, the output has {len(written.vectors[key])}."
+                self.findings.append(_mismatch(truth.token, said))
+                continue
+            self.worst, self.vectors = max(self.worst, *errors, 0.0), self.vectors + len(errors)
+            self.exact += sum(error == 0 for error in errors)
+            allowed = _allowed(truth.vectors[key].dtype, written.embedding.vectors[key].dtype)
+            wrong = [row for row, error in enumerate(errors) if not error <= allowed]
+            if wrong:
+                said = f"vector {wrong[0] + 1} for {key} differs by {errors[wrong[0]]:.2e}; {allowed:.1e} is allowed."
+                self.findings.append(_mismatch(truth.token, said))
+
+
 def check_vectors(outputs: Sequence[Opened], against: Opened, record: Sequence[Finding] = ()) -> Rung:
     """The rung `vectors`: the relative error of every vector, in L2 norm; bit for bit where the dtype is the same.
 
     An output's embeddings may lie in several files, one for each text encoder. `record` is what `check_record` found.
     """
     source, truth = against
-    findings = [*record, *(said for _, found in outputs for said in _misnamed(found))]
-    ours = _together(outputs, findings)
-    theirs = [read_vectors(source, embedding) for embedding in truth.embeddings]
-    names = [embedding.token for embedding in truth.embeddings]
+    found = _Comparison([*record, *(said for _, output in outputs for said in _misnamed(output))])
+    ours = _together(outputs, found.findings)
     pairs = _pairs(ours, truth.embeddings)
-    worst, exact, count = 0.0, 0, 0
-    missing = [names[number] for number in range(len(names)) if number not in pairs.values()]
+    missing = [one.token for number, one in enumerate(truth.embeddings) if number not in pairs.values()]
     surplus = [one.embedding.token for k, one in enumerate(ours) if k not in pairs]
-    if missing:
-        findings.append(_mismatch("", f"of the source's embeddings these are not in the output: {listed(missing)}."))
-    if surplus:
-        findings.append(_mismatch("", f"of the output's embeddings these are not in the source: {listed(surplus)}."))
+    for there, absent, tokens in (("source", "output", missing), ("output", "source", surplus)):
+        if tokens:
+            said = f"of the {there}'s embeddings these are not in the {absent}: {listed(tokens)}."
+            found.findings.append(_mismatch("", said))
     for k, number in pairs.items():
-        wanted, written = theirs[number], ours[k].vectors
-        if wanted.keys() != written.keys():
-            said = f"the source has vectors for {', '.join(wanted)}, the output for {', '.join(written) or 'none'}."
-            findings.append(_mismatch(names[number], said))
-            continue
-        for key in wanted:
-            errors = _errors(wanted[key], written[key])
-            if errors is None:
-                said = f"for {key} there are {counted(len(wanted[key]), 'vector')}, the output has {len(written[key])}."
-                findings.append(_mismatch(names[number], said))
-                continue
-            worst, count = max(worst, *errors, 0.0), count + len(errors)
-            exact += sum(error == 0 for error in errors)
-            allowed = _allowed(truth.embeddings[number].vectors[key].dtype, ours[k].embedding.vectors[key].dtype)
-            wrong = [row for row, error in enumerate(errors) if not error <= allowed]
-            if wrong:
-                said = f"vector {wrong[0] + 1} for {key} differs by {errors[wrong[0]]:.2e}; {allowed:.1e} is allowed."
-                findings.append(_mismatch(names[number], said))
-    figures: Mapping[str, Any] = {"vectors": count, "exact_vectors": exact, "worst": json_number(worst)}
-    return Rung("fail" if findings else "pass", figures=figures, findings=tuple(findings))
+        embedding = truth.embeddings[number]
+        found.compare(embedding, read_vectors(source, embedding), ours[k])
+    figures = {"vectors": found.vectors, "exact_vectors": found.exact, "worst": json_number(found.worst)}
+    return Rung("fail" if found.findings else "pass", figures=figures, findings=tuple(found.findings))
 
 
 def check_record(folder: Path, outputs: Sequence[Opened]) -> list[Finding]:

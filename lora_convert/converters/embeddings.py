@@ -1,4 +1,4 @@
-"""Embeddings: what they are called, which file each text encoder's vectors go to, and the record beside them.
+"""Embeddings: which file the vectors of each text encoder go to, and how the files are written.
 
 Diffusers takes one token per file and one file per text encoder (`load_textual_inversion`); ComfyUI, A1111 and Kohya's
 scripts take one file with all text encoders, named as the token.
@@ -6,7 +6,6 @@ scripts take one file with all text encoders, named as the token.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,33 +23,32 @@ from lora_convert.containers.dtypes import KEPT_AS, numpy_dtype
 from lora_convert.containers.folder import embedding_files
 from lora_convert.converters.metadata import PROVENANCE, Hashes, with_hashes
 from lora_convert.converters.plan import DTYPES, EmbeddingStep, Options, OutputFile, OutputTensor, Plan
+from lora_convert.converters.tokens import named_embeddings
 from lora_convert.converters.writer import header_bytes
-from lora_convert.families.encoders import EMBEDDING_FAMILIES, POOLED, TextEncoder, title_of
-from lora_convert.families.vocabulary import is_known
+from lora_convert.families.encoders import EMBEDDING_FAMILIES, WITHOUT_LOADER, TextEncoder, title_of
 from lora_convert.hashes import content_hashes
 from lora_convert.inspect.detection import Detection, Embedding
 from lora_convert.inspect.embeddings import MOST_READ
-from lora_convert.report import SCHEMA, Finding, counted, listed, printable, severest, shown
+from lora_convert.report import Finding, counted, printable, severest, shown
 
 __all__ = [
-    "RECORD_NAME",
+    "STEM",
     "called_by_files",
     "embedding_files",
     "embedding_paths",
     "embedding_plan",
+    "encoder_of",
     "misplaced",
     "read_vectors",
-    "record_of",
-    "record_path",
+    "slug_of",
     "with_embeddings",
     "write_embeddings",
 ]
 
 Array = NDArray[Any]
 
-_STEM = "learned_embeds"
-RECORD_NAME = f"{_STEM}.json"
-"""What the record is called in a folder; `-o NAME.safetensors` makes it `NAME.json`."""
+STEM = "learned_embeds"
+"""How the names of files for Diffusers begin."""
 
 _MOST_BYTES = 100
 """Of a token in a file's name; names have at most 255 bytes, some of which are others'."""
@@ -60,8 +58,6 @@ _UNFIT = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _KEPT_EXTRAS = ("name", "step", "sd_checkpoint", "sd_checkpoint_name")
-_WITHOUT_LOADER = ("sd3",)
-"""Base models whose Diffusers pipeline has no `load_textual_inversion`."""
 
 
 def read_vectors(source: Source, embedding: Embedding) -> dict[str, Array]:
@@ -107,11 +103,11 @@ def with_embeddings(planned: Plan) -> Plan:
     if not planned.detection.embeddings or not (planned := _judged(planned)).ok:
         return planned
     options = planned.options
-    named, findings = _named(planned.detection, options)
+    named, findings = named_embeddings(planned.detection, options)
     steps, outputs = [], list(planned.outputs)
     for number, (embedding, token) in enumerate(named):
         arranged = _arranged(planned.detection, embedding, options)
-        slug, taken = _slug(token) or f"{number + 1}", {_on_disk(output.path) for output in outputs}
+        slug, taken = slug_of(token) or f"{number + 1}", {_on_disk(output.path) for output in outputs}
         files = _files(planned, slug, len(named) > 1, arranged, taken)
         tensors: dict[str, OutputTensor] = {}
         for suffix, encoders in arranged.items():
@@ -125,12 +121,7 @@ def with_embeddings(planned: Plan) -> Plan:
     return replace(planned, status=status, outputs=tuple(outputs), embeddings=tuple(steps), findings=found)
 
 
-def _is_single(options: Options) -> bool:
-    """Whether all text encoders go into one file."""
-    return options.to not in ("diffusers", "peft")
-
-
-def _encoder(detection: Detection, embedding: Embedding, key: str) -> TextEncoder | None:
+def encoder_of(detection: Detection, embedding: Embedding, key: str) -> TextEncoder | None:
     """Where a pipeline has the text encoder; None if that depends on a base model that is not known."""
     width = embedding.vectors[key].width
     families = [detection.family] if detection.family in EMBEDDING_FAMILIES else list(EMBEDDING_FAMILIES)
@@ -150,7 +141,7 @@ def _arranged(detection: Detection, embedding: Embedding, options: Options) -> d
     token).
     """
     keys = list(embedding.vectors)
-    if _is_single(options):
+    if options.joins:
         alone = len(EMBEDDING_FAMILIES.get(detection.family or "", ())) == 1
         return {"": [(keys[0], "emb_params")] if len(keys) == 1 and alone else [(key, key) for key in keys]}
     arranged = {}
@@ -161,16 +152,16 @@ def _arranged(detection: Detection, embedding: Embedding, options: Options) -> d
 
 def misplaced(detection: Detection, embedding: Embedding) -> list[str]:
     """The text encoders whose vectors the file has, though by its name for Diffusers it is another one's."""
-    named = re.match(rf"{_STEM}(_\d)?[-.]", PurePath(detection.file).name)
+    named = re.match(rf"{STEM}(_\d)?[-.]", PurePath(detection.file).name)
     if named is None:
         return []
     own = [key for key, part in embedding.vectors.items() if part.tensor == embedding.token]  # not ComfyUI's `clip_g`
-    encoders = {key: _encoder(detection, embedding, key) for key in own}
+    encoders = {key: encoder_of(detection, embedding, key) for key in own}
     return [key for key, encoder in encoders.items() if encoder and encoder.suffix != (named[1] or "")]
 
 
 def _suffix(detection: Detection, embedding: Embedding, key: str) -> str:
-    encoder = _encoder(detection, embedding, key)
+    encoder = encoder_of(detection, embedding, key)
     return encoder.suffix if encoder else ""
 
 
@@ -184,10 +175,10 @@ def _files(planned: Plan, slug: str, several: bool, suffixes: Iterable[str], tak
     """By the suffix of a text encoder, the name of its file: the first that no other file has."""
     beside_modules = [f"{slug}_embedding"] if planned.steps else []
     for name in chain([slug], beside_modules, (f"{slug}_{number}" for number in count(2))):
-        if _is_single(planned.options):
+        if planned.options.joins:
             files = dict.fromkeys(suffixes, f"{name}.safetensors")
         else:
-            files = {suffix: f"{_STEM}{suffix}{f'-{name}' if several else ''}.safetensors" for suffix in suffixes}
+            files = {suffix: f"{STEM}{suffix}{f'-{name}' if several else ''}.safetensors" for suffix in suffixes}
         if taken.isdisjoint(map(_on_disk, files.values())):
             return files
     raise AssertionError("unreachable")
@@ -198,7 +189,7 @@ def _on_disk(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _slug(token: str) -> str:
+def slug_of(token: str) -> str:
     """A token as a part of a file's name; never a path, and a name on every system."""
     text = _UNFIT.sub("", printable(token)).strip(". ").encode()[:_MOST_BYTES].decode(errors="ignore").rstrip(". ")
     return f"_{text}" if _RESERVED.fullmatch(text) else text
@@ -209,8 +200,8 @@ def embedding_paths(planned: Plan, out: Path) -> list[Path]:
     outputs = planned.outputs[planned.module_files :]
     if not planned.module_files and len(outputs) == 1:
         return [out]
-    if not planned.module_files and not _is_single(planned.options):
-        return [out.with_name(output.path.replace(_STEM, out.stem, 1)) for output in outputs]
+    if not planned.module_files and not planned.options.joins:
+        return [out.with_name(output.path.replace(STEM, out.stem, 1)) for output in outputs]
     return [out.with_name(f"{out.stem}_{output.path}") for output in outputs]
 
 
@@ -219,7 +210,7 @@ def called_by_files(planned: Plan, *, asked: bool) -> Plan:
     `asked` if a user gave the names.
     """
     findings = []
-    for step in planned.embeddings if _is_single(planned.options) else ():
+    for step in planned.embeddings if planned.options.joins else ():
         file = planned.outputs[next(iter(step.outputs.values())).file]
         name, subject = PurePath(file.path).stem, step.source.tensors[0]
         if name == step.token:
@@ -233,99 +224,12 @@ def called_by_files(planned: Plan, *, asked: bool) -> Plan:
     return replace(planned, findings=(*planned.findings, *findings))
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
-
-
-def _named(detection: Detection, options: Options) -> tuple[list[tuple[Embedding, str]], list[Finding]]:
-    """Every embedding with the token that is written, and what is to be said of it."""
-    embeddings = detection.embeddings
-    findings: list[Finding] = []
-    if options.token and len(options.token) != len(embeddings):
-        given, there = counted(len(options.token), "name"), counted(len(embeddings), "embedding")
-        message = f"--token gives {given}, and the file has {there}: {listed([e.token for e in embeddings])}."
-        findings.append(Finding("token-missing", "error", "", message, "Give a --token for each, in this order."))
-    named = []
-    if len(embeddings) == 1 and not options.token and (said := _other_name(detection, embeddings[0])):
-        findings.append(said)
-    for number, embedding in enumerate(embeddings):
-        given_token = options.token[number] if number < len(options.token) else None
-        token, remarks = _token(embedding, given_token, not _is_single(options))
-        if not _is_single(options) and is_known(token, detection.family):
-            remarks.append(_known(embedding, token, given_token is not None))
-            token = token if given_token is not None else _bracketed(token, embeddings)
-        findings += remarks
-        named.append((embedding, token))
-    twice = sorted({token for _, token in named if [other.lower() for _, other in named].count(token.lower()) > 1})
-    if twice and severest(findings) != "error":
-        message = f"Several embeddings have the name {shown(twice[0])}."
-        findings.append(Finding("duplicate-module", "error", "", message, "Name them with --token, once for each."))
-    return named, findings
-
-
-def _token(embedding: Embedding, given: str | None, lowers: bool) -> tuple[str, list[Finding]]:
-    findings = []
-    token = embedding.token if given is None else given
-    subject = next(iter(embedding.tensors), "")
-    if given is None and not embedding.stated and token:
-        message = f"The file names no token, so it gets the file's own name: {shown(token)}."
-        findings.append(Finding("token-from-name", "note", subject, message, "--token gives it another."))
-    typed = "".join(character for character in token if printable(character) == character and character not in "/\\")
-    typed = typed.strip(". ") if typed != token else token
-    if not typed.strip():
-        message = "Neither the file nor its name gives a token."
-        return "", [Finding("token-missing", "error", subject, message, "Name it: --token WORD.")]
-    if typed != token:
-        message = (
-            f"The token {shown(repr(token))} cannot be typed into a prompt, or looks like a path: {typed!r} it is."
-        )
-        findings.append(Finding("token-renamed", "warning", subject, message, "--token gives it another."))
-    if lowers and embedding.count > 1 and typed != typed.lower():
-        message = (
-            f"{shown(typed)} is written as {shown(typed.lower())}, and so it is to be spelt in prompts: of a token "
-            f"with capitals Diffusers uses the first of {embedding.count} vectors alone."
-        )
-        findings.append(Finding("token-lowercased", "warning", subject, message))
-        typed = typed.lower()
-    return typed, findings
-
-
-def _bracketed(token: str, others: Sequence[Embedding]) -> str:
-    taken = {embedding.token.lower() for embedding in others}
-    while token.lower() in taken:
-        token = f"<{token}>"
-    return token
-
-
-def _known(embedding: Embedding, token: str, given: bool) -> Finding:
-    """What is said of a token that is in the vocabulary: it is put into brackets, unless the user wants it so."""
-    subject = next(iter(embedding.tensors), "")
-    message = f"{shown(token)} is a token of the base model's vocabulary, which Diffusers' own loader refuses."
-    if given:
-        fix = f"--token '<{shown(token)}>' gives one that it takes; lora_convert.apply takes this one."
-        return Finding("token-known", "warning", subject, message, fix)
-    message += f" It is written as <{shown(token)}>, and so it is to be spelt in prompts."
-    return Finding("token-renamed", "warning", subject, message, "--token gives it another.")
-
-
-def _other_name(detection: Detection, embedding: Embedding) -> Finding | None:
-    """The note that A1111 calls a file of its own by the file's name, not by the name inside it."""
-    path = PurePath(detection.file)
-    called = detection.file.startswith("<") or path.suffix.lower() in (
-        ".png",
-        ".webp",
-    )  # pictures go by the name inside
-    if called or detection.trainer != "a1111" or path.stem.lower() == embedding.token.lower():
-        return None
-    message = f"A1111 calls it by the file's name, {shown(path.stem)}, and not by the {shown(embedding.token)} inside."
-    return Finding("token-differs", "note", "", message, f"--token {shown(path.stem)} keeps that name.")
-
-
 def _remarks(detection: Detection, options: Options, steps: Sequence[EmbeddingStep]) -> list[Finding]:
     """What is to be said of the vectors as they are written."""
     findings = []
     for step in steps:
         embedding, subject = step.source, next(iter(step.source.tensors), "")
-        if not _is_single(options) and any(_encoder(detection, embedding, key) is None for key in embedding.vectors):
+        if not options.joins and any(encoder_of(detection, embedding, key) is None for key in embedding.vectors):
             families = " or ".join(rival.family for rival in detection.rivals) or "FAMILY"
             message = "Which text encoder the vectors are for depends on the base model, which the file does not name."
             findings.append(Finding("ambiguous-family", "error", subject, message, f"Name it: --family {families}."))
@@ -337,7 +241,7 @@ def _remarks(detection: Detection, options: Options, steps: Sequence[EmbeddingSt
             why = "as asked" if options.dtype else f"because Diffusers has no use for {before}"
             message = f"Its vectors go from {before} to {after}, {why}."
             findings.append(Finding("dtype-changed", "note", subject, message))
-    if detection.family in _WITHOUT_LOADER and not _is_single(options):
+    if detection.family in WITHOUT_LOADER and not options.joins:
         message = f"The pipeline of {title_of(detection.family or '')} in Diffusers has no load_textual_inversion."
         findings.append(Finding("not-for-diffusers", "warning", "", message, "--to comfy writes the file for ComfyUI."))
     return findings
@@ -412,82 +316,3 @@ def _metadata(planned: Plan, content: _Content, source: Source) -> dict[str, str
             kept[f"{PROVENANCE}{name}"] = text
     # names in pickles and pictures may hold halves of surrogate pairs, which safetensors cannot
     return {key: text.encode(errors="backslashreplace").decode() for key, text in sorted(kept.items())}
-
-
-# --- the record -------------------------------------------------------------------------------------------------------
-
-
-def record_path(planned: Plan) -> Path | None:
-    """Where the record of the embeddings goes: beside their files; None if there is none."""
-    if not planned.embeddings or _is_single(planned.options):
-        return None
-    first = planned.embeddings[0]
-    path = Path(planned.outputs[next(iter(first.outputs.values())).file].path)
-    if path.name.startswith(_STEM):
-        return path.with_name(RECORD_NAME)
-    own = f"-{_slug(first.token)}" if len(planned.embeddings) > 1 else ""
-    return path.with_name(f"{path.stem.removesuffix(own)}.json")
-
-
-def record_of(planned: Plan, sha256: str) -> dict[str, Any]:
-    """What the record says: which file goes to which text encoder, and how to load them."""
-    entries, lines = [], ['folder = "."  # where this record is']
-    pooled: list[TextEncoder] = []
-    for step in planned.embeddings:
-        files = []
-        for key, tensor in step.outputs.items():
-            encoder = _encoder(planned.detection, step.source, key)
-            assert encoder is not None
-            name = PurePath(planned.outputs[tensor.file].path).name
-            files.append(
-                {
-                    "file": name,
-                    "encoder": key,
-                    "component": encoder.component,
-                    "tokenizer": encoder.tokenizer,
-                    "vectors": step.source.count,
-                    "width": encoder.width,
-                }
-            )
-            lines.append(_loading(name, step.token, encoder))
-            pooled += [encoder] if _is_pooled(planned.detection, encoder) else []
-        entries.append({"token": step.token, "vectors": step.source.count, "files": files})
-    lines += [_finding_the_end(encoder) for encoder in dict.fromkeys(pooled)]
-    lines.append(f"image = pipe({_prompt(planned)}).images[0]")
-    loads = planned.detection.family not in _WITHOUT_LOADER
-    return {
-        "schema": SCHEMA,
-        "source": PurePath(planned.file).name,
-        "sha256": sha256,
-        "family": planned.detection.family,
-        "embeddings": entries,
-        "snippet": "\n".join(lines) if loads else None,
-    }
-
-
-def _loading(name: str, token: str, encoder: TextEncoder) -> str:
-    """A line of Python that loads one file onto `pipe`."""
-    where = json.dumps(name, ensure_ascii=False)[1:-1].replace("{", "{{").replace("}", "}}")
-    line = f'pipe.load_textual_inversion(f"{{folder}}/{where}", token={json.dumps(token, ensure_ascii=False)}'
-    if encoder.suffix:
-        line += f", text_encoder=pipe.{encoder.component}, tokenizer=pipe.{encoder.tokenizer}"
-    return f"{line})"
-
-
-def _is_pooled(detection: Detection, encoder: TextEncoder) -> bool:
-    families = [detection.family] if detection.family else [rival.family for rival in detection.rivals]
-    return any(POOLED.get(family or "") == encoder.component for family in families) and encoder.key != "t5xxl"
-
-
-def _finding_the_end(encoder: TextEncoder) -> str:
-    """A line of Python that makes the encoder take its pooled output at the end of the text.
-
-    Those of SDXL and Flux have a configuration of before transformers 4.31 (`eos_token_id` 2), with which they take it
-    at the largest id instead: that of a token that was added.
-    """
-    part, tokenizer = f"pipe.{encoder.component}", f"pipe.{encoder.tokenizer}"
-    return f'getattr({part}, "text_model", {part}).eos_token_id = {tokenizer}.eos_token_id'
-
-
-def _prompt(planned: Plan) -> str:
-    return json.dumps(f"a picture of {', '.join(step.token for step in planned.embeddings)}", ensure_ascii=False)

@@ -89,6 +89,11 @@ class Options:
         return self
 
     @property
+    def joins(self) -> bool:
+        """Whether the vectors of an embedding for all text encoders go into one file."""
+        return self.to not in ("diffusers", "peft")
+
+    @property
     def truncates(self) -> bool:
         """Whether a rank may be cut."""
         return self.rank is not None or self.max_error is not None

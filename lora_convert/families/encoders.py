@@ -8,7 +8,7 @@ from math import sqrt
 
 from lora_convert.families import FAMILIES
 
-__all__ = ["EMBEDDING_FAMILIES", "POOLED", "TextEncoder", "title_of", "usual_norm"]
+__all__ = ["EMBEDDING_FAMILIES", "POOLED", "WITHOUT_LOADER", "TextEncoder", "title_of", "usual_norm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,9 @@ EMBEDDING_FAMILIES: Mapping[str, tuple[TextEncoder, ...]] = {
 }
 """Every base model that an embedding may be for -> its text encoders, in the pipeline's order."""
 
+
+WITHOUT_LOADER = ("sd3",)
+"""Base models whose Diffusers pipeline has no `load_textual_inversion`."""
 
 POOLED: Mapping[str, str] = {
     "sdxl": "text_encoder_2",

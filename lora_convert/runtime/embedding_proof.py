@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from lora_convert.containers import Source, opened
-from lora_convert.converters.embeddings import RECORD_NAME, embedding_files, read_vectors
+from lora_convert.converters.embedding_record import RECORD_NAME
+from lora_convert.converters.embeddings import embedding_files, read_vectors
 from lora_convert.converters.fidelity import Rung
 from lora_convert.converters.metadata import PROVENANCE
 from lora_convert.errors import FileError
