@@ -28,7 +28,7 @@ from lora_convert.converters.writer import header_bytes
 from lora_convert.families.encoders import EMBEDDING_FAMILIES, WITHOUT_LOADER, TextEncoder, title_of
 from lora_convert.hashes import content_hashes
 from lora_convert.inspect.detection import Detection, Embedding
-from lora_convert.inspect.embeddings import MOST_READ
+from lora_convert.inspect.embedding_forms import MOST_READ
 from lora_convert.report import Finding, counted, printable, severest, shown
 
 __all__ = [

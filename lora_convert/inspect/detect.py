@@ -12,7 +12,7 @@ from lora_convert.containers import Header, Source
 from lora_convert.errors import FileError, UsageError
 from lora_convert.families import FAMILIES
 from lora_convert.families.encoders import EMBEDDING_FAMILIES
-from lora_convert.inspect import diagnose, embeddings, shapes
+from lora_convert.inspect import diagnose, embedding_family, embedding_forms, embeddings, shapes
 from lora_convert.inspect.config import COMPONENTS, AdapterConfig, find_config, from_metadata, parse_config
 from lora_convert.inspect.detection import AdaptedModule, Detection
 from lora_convert.inspect.facts import training_facts, trigger_words
@@ -103,7 +103,7 @@ def _no_adapter(source: Source, base: Detection, family: str | None, read_values
         fix = "inspect describes it; convert takes LoRA files and embeddings."
         said = Finding("unsupported-kind", "warning", "", message, fix)
         return replace(base, kind=other.kind, findings=(*base.findings, said))
-    if embeddings.looks_like_embedding(source.header):
+    if embedding_forms.looks_like_embedding(source.header):
         return embeddings.describe(source, base, family, read_values=read_values)
     names = tuple(source.header.tensors)
     message = (
@@ -154,16 +154,16 @@ def detect(
         trigger_words=trigger_words(header.metadata),
         training=training_facts(header.metadata),
     )
-    if embeddings.is_own(header):
+    if embedding_forms.is_own(header):
         return embeddings.describe(source, base, family, read_values=read_alphas)
-    vectors, numbers = embeddings.bundled(header)
+    vectors, numbers = embedding_forms.bundled(header)
     beside = {*numbers, *(one.vectors.tensor for one in vectors)}
     groups, strays = group_tensors(name for name in header.tensors if name not in beside)
     if not any(group.algorithms for group in groups.values()):
         return _no_adapter(source, base, family, read_alphas) if header.tensors else replace(base, kind="unknown")
     if family is not None and family not in FAMILIES:
         raise UsageError(f"the modules of {family} are in no table yet, so that no LoRA for it can be read")
-    told = embeddings.family_of(vectors, header) if vectors else None
+    told = embedding_family.family_of(vectors, header) if vectors else None
     choice = choose(groups, header, family, (told, f"the embedding with them is for {told}") if told else None)
     if choice.match is None:
         found = _no_family(source, groups, choice, base)
