@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from lora_convert.families.encoders import EMBEDDING_FAMILIES  # noqa: E402
 from lora_convert.report import Finding  # noqa: E402
 from lora_convert.runtime.applying import applied  # noqa: E402
 from lora_convert.runtime.architectures import TEXT_ENCODERS  # noqa: E402
-from lora_convert.runtime.embedding import Word, place, take_off  # noqa: E402
+from lora_convert.runtime.embedding import Word, _Reader, place, take_off  # noqa: E402
 from lora_convert.runtime.embedding_proof import (  # noqa: E402
     check_loaded,
     encode,
@@ -117,6 +119,7 @@ CASES = {
     "nothing else": ({"neon": 5}, "neon"),
     "more than there is room for": ({"long": 90}, "a circle, long, and more"),
     "truncated within": ({"long": 40}, "long long"),
+    "part of a word in another script": ({"हि": 2}, "a हिन्दी, हि"),
     "special signs": ({"a.c(d)\\e": 2, "$1": 2}, "abc(d)\\e a.c(d)\\e $1 1"),
     "not there": ({"neon": 2}, "a red circle"),
 }
@@ -202,6 +205,109 @@ def test_another_pipeline_of_the_same_parts_reads_it_too(sd15, tmp_path):
     other = StableDiffusionImg2ImgPipeline(**sd15.components, requires_safety_checker=False)
     with apply(sd15, write(tmp_path / "neon.safetensors", vectors("tiny-sd15", 2))):
         assert torch.equal(encoded(other, ["a neon"], [""])[0], encoded(sd15, ["a neon"], [""])[0])
+
+
+def other_encoder(pipeline: Any) -> None:
+    pipeline.text_encoder = open_pipeline("tiny-sd15", "cpu").text_encoder
+
+
+def compiled(pipeline: Any) -> None:
+    pipeline.text_encoder.compile(backend="eager")
+
+
+def larger_table(pipeline: Any) -> None:
+    table = copy.deepcopy(pipeline.text_encoder.get_input_embeddings())
+    pipeline.text_encoder.set_input_embeddings(table)
+
+
+def lora_on_the_table(pipeline: Any) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["token_embedding"], init_lora_weights=False)
+    pipeline.text_encoder.add_adapter(config, "mine")
+
+
+def offloaded(pipeline: Any) -> None:
+    from accelerate import cpu_offload
+
+    cpu_offload(pipeline.text_encoder, execution_device="cpu")
+
+
+CHANGES = [compiled, larger_table, lora_on_the_table, offloaded]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_encoder_that_others_change(sd15, tmp_path, change, when):
+    """Vectors come where the table's would, and go again, whoever changed the encoder and when."""
+    held = vectors("tiny-sd15", 3)
+    file = write(tmp_path / "neon.safetensors", held)
+    if when == "before":
+        change(sd15)
+    adapter = apply(sd15, file)
+    assert not equal(encoded(sd15, ["a neon"], [""]), encoded(sd15, ["a circle"], [""]))
+    if when == "after":
+        change(sd15)
+    with pytest.raises(UsageError, match="in use"):
+        apply(sd15, file)
+    found = encoded(sd15, ["a neon"], [""])
+    adapter.remove()
+    plain = encoded(sd15, ["a neon"], [""])
+    same = sd15 if change is lora_on_the_table else open_pipeline("tiny-sd15", "cpu")
+    assert equal(found, by_hand(same, [Word("neon", held)], ["a neon"], [""])) and not equal(found, plain)
+    assert equal(plain, by_hand(same, [], ["a neon"], [""]))
+
+
+def test_an_encoder_that_is_exchanged(sd15, tmp_path):
+    """Its tokenizer is what it was when the embeddings go; with the encoder that it has no vectors for it adds none."""
+    file = write(tmp_path / "neon.safetensors", vectors("tiny-sd15", 3))
+    tokens, attributes = sd15.tokenizer.tokenize("a neon"), set(vars(sd15)) | {"_lora_convert_applied"}
+    adapter = apply(sd15, file)
+    other_encoder(sd15)
+    with pytest.raises(UsageError, match="another text_encoder that has the same tokenizer"):
+        apply(sd15, file, token="dark")
+    assert adapter.is_live()
+    adapter.remove()
+    assert sd15.tokenizer.tokenize("a neon") == tokens and set(vars(sd15)) <= attributes
+    with apply(sd15, file):
+        assert sd15.tokenizer.tokenize("a neon") != tokens
+
+
+def test_an_encoder_that_is_wrapped_meanwhile(sd15, tmp_path):
+    own, plain = sd15.text_encoder, encoded(sd15, ["a neon"], [""])
+    with apply(sd15, write(tmp_path / "neon.safetensors", vectors("tiny-sd15", 3))):
+        found = encoded(sd15, ["a neon"], [""])
+        sd15.text_encoder = torch.compile(own, backend="eager")
+        assert equal(encoded(sd15, ["a neon"], [""]), found) and not equal(found, plain)
+    assert equal(encoded(sd15, ["a neon"], [""]), plain) and not own._forward_pre_hooks
+
+
+def test_threads_that_share_an_encoder(sd15):
+    """As servers do, with a pipeline each around the same parts."""
+    words = [Word("neon", vectors("tiny-sd15", 3)), Word("dark", vectors("tiny-sd15", 2, 1))]
+    place(sd15, "tiny-sd15", words)
+    given = [
+        sd15.tokenizer(text, padding="max_length", return_tensors="pt").input_ids for text in ("neon", "a", "dark")
+    ]
+
+    def states(ids: Any) -> Any:
+        with torch.no_grad():
+            return sd15.text_encoder(ids)[0]
+
+    expected = [states(ids) for ids in given]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(states, given * 100))
+    take_off(sd15, words)
+    assert all(torch.equal(one, expected[k % 3]) for k, one in enumerate(found))
+
+
+def test_a_pipeline_that_was_pickled(sd15, tmp_path):
+    with apply(sd15, write(tmp_path / "neon.safetensors", vectors("tiny-sd15", 2))):
+        other, found = pickle.loads(pickle.dumps(sd15)), encoded(sd15, ["a neon"], [""])
+    assert equal(encoded(other, ["a neon"], [""]), found)
+    (adapter,) = applied(other)
+    adapter.remove()
+    assert equal(encoded(other, ["a neon"], [""]), encoded(sd15, ["a neon"], [""]))
 
 
 def test_prompts_for_both_encoders_of_sdxl(sdxl, tmp_path):
@@ -409,6 +515,7 @@ WRONG = {
     "an option that there is not": ({"steps": 3}, "no option 'steps'"),
     "no name": ({"token": "  "}, "cannot be a token"),
     "private characters": ({"token": "\U00100000"}, "cannot be a token"),
+    "half a character": ({"token": "neon\ud800"}, "cannot be a token"),
     "a sign of the tokenizer": ({"token": "<|endoftext|>"}, "in use"),
 }
 
@@ -420,6 +527,29 @@ def test_wrong_calls(sd15, tmp_path, options, said):
     with pytest.raises(UsageError, match=said):
         apply(sd15, file, **options)
     assert not applied(sd15) and state(sd15) == before and len(sd15.tokenizer) == 618
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_an_interruption_leaves_nothing(sdxl, tmp_path, monkeypatch, number):
+    """When the first or second tokenizer is given another backend, and within an encoder."""
+    encoded(sdxl, ["a circle"], [""])  # transformers remembers that it gave hidden states
+    before, calls = state(sdxl), []
+    tokenizers = [sdxl.tokenizer._tokenizer, sdxl.tokenizer_2._tokenizer]
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        calls.append(self)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return own(self, *arguments)
+
+    name = "read" if number < 3 else "_ours"
+    own = getattr(_Reader, name)
+    monkeypatch.setattr(_Reader, name, interrupted)
+    with pytest.raises(KeyboardInterrupt), apply(sdxl, write(tmp_path / "neon.safetensors", vectors("tiny-sdxl", 2))):
+        encoded(sdxl, ["neon"], ["neon"])
+    assert not applied(sdxl) and state(sdxl) == before
+    assert [sdxl.tokenizer._tokenizer, sdxl.tokenizer_2._tokenizer] == tokenizers
+    assert not sdxl.text_encoder._forward_pre_hooks and not sdxl.text_encoder_2._forward_pre_hooks
 
 
 def test_two_of_one_name(sd15, tmp_path):
@@ -517,6 +647,26 @@ def test_a_page_shows_tokens_as_text():
     row = EmbeddingRow("</td><script>\u202e", "clip_l", 768, "F16", (0.1, float("nan")), 0.4, float("inf"))
     page = page_html(ReportPage("a", "fail", "Failed: x", "", {}, embeddings=[row]))
     assert "&lt;/td&gt;&lt;script&gt;\\u202e" in page and 'id="embeddings"' in page and 'id="blocks"' not in page
+
+
+@pytest.mark.parametrize("stored", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_vectors_that_were_rounded_when_converted_pass(tmp_path, stored, dtype):
+    source = write(tmp_path / "neon.safetensors", {"clip_l": vectors("tiny-sd15", 3, dtype=stored)["clip_l"]})
+    assert convert(source, tmp_path / "out", dtype=dtype).ok
+    load = climb(tmp_path / "out", source).rungs["load"]
+    assert (load.status, load.figures["loaded_vectors"]) == ("pass", 3)
+
+
+def test_prompts_of_the_user_in_any_capitals(tmp_path):
+    """The output has the token in lower case, and in capitals Diffusers would read one vector of it."""
+    source = write(tmp_path / "NeonStyle.safetensors", {k: v * 4 for k, v in vectors("tiny-sd15", 3).items()})
+    assert convert(source, tmp_path / "out").ok
+    drawing = Drawing(prompts=["a NeonStyle", "NEONSTYLE, a star"], device="cpu", steps=1, width=64, height=64)
+    picture = climb(tmp_path / "out", source, base="tiny-sd15", drawing=drawing).rungs["picture"]
+    assert picture.status == "pass"
+    prompts = {made["prompt"] for made in picture.figures["pictures"]}
+    assert prompts == {"a neonstyle", "neonstyle, a star"}
 
 
 def test_tokens_given_by_hand_are_proved_as_such(tmp_path):
@@ -642,6 +792,41 @@ def test_without_a_source_and_in_another_layout(tmp_path):
     assert convert(source, tmp_path / "out").ok
     assert climb(tmp_path / "out").rungs["load"].status == "pass"
     result = climb(source)
+    assert result.ok and result.rungs["load"].status == "skipped"
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_no_pickle_is_given_to_diffusers(tmp_path, monkeypatch, recorded):
+    """Its loader would give it to torch.load; `apply` reads it itself."""
+    held = vectors("tiny-sd15", 2)
+    file = tmp_path / "out" / "learned_embeds.bin"
+    assert convert(write(tmp_path / "neon.safetensors", held), tmp_path / "out").ok
+    torch.save({"neon": torch.from_numpy(held["clip_l"])}, file)
+    record = tmp_path / "out" / "learned_embeds.json"
+    record.write_text(record.read_text().replace("learned_embeds.safetensors", file.name))
+    if not recorded:
+        record.unlink()
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("torch.load was called"))
+    load = check_loaded(file, "tiny-sd15", [Word("neon", held)])
+    assert (load.status, load.reason) == (
+        ("fail", "the loader raised")
+        if recorded
+        else ("skipped", "only safetensors files in the Diffusers layout are loaded")
+    )
+    assert climb(file, family="tiny-sd15").rungs["load"].status == load.status
+    pipeline = open_pipeline("tiny-sd15", "cpu")
+    with apply(pipeline, file) as adapter:
+        assert adapter.tokens == ("neon",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "lora.pt", "named.safetensors"])
+def test_a_lora_that_was_pickled(sd15, tmp_path, name):
+    """Under the names of the canonical layout, which the loader takes as they are from safetensors files alone."""
+    lora = write_canonical(tmp_path / "x.safetensors", factors("tiny-sd15", ["unet.conv_in"]))
+    torch.save({key: torch.from_numpy(value) for key, value in read_all(lora).items()}, tmp_path / name)
+    with apply(sd15, tmp_path / name) as adapter:
+        assert adapter.modules == 1
+    result = climb(tmp_path / name, family="tiny-sd15")
     assert result.ok and result.rungs["load"].status == "skipped"
 
 

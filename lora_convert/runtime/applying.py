@@ -349,10 +349,12 @@ def _canonical(path: Path, planned: Plan, reading: Mapping[str, Any]) -> Iterato
 
 
 def _is_canonical(planned: Plan, header: Header) -> bool:
-    """Whether a conversion would keep every tensor under its name and byte for byte."""
+    """Whether the file is one of safetensors of which a conversion would keep every tensor, under its name and byte
+    for byte.
+    """
     written = {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned.tensors}
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()}
-    return written == stored and all(step.copies for step in planned.steps)
+    return bool(header.data_start) and written == stored and all(step.copies for step in planned.steps)
 
 
 def _refuse_fused(components: Mapping[str, torch.nn.Module]) -> None:

@@ -271,6 +271,8 @@ def _load_file(path: Path, family: str | None) -> Rung:
         found = detect(source, family=family)
         if found.family is None or any(module.spelling != "diffusers" for module in found.payload):
             return Rung("skipped", "only files in the Diffusers layout are loaded")
+        if not source.header.data_start:
+            return Rung("skipped", "only safetensors files are given to the loader")
         try:
             loaded = load_adapter(path, found.family)
         except LoadingError as error:

@@ -174,8 +174,9 @@ def _pattern(token: str) -> str:
 
 def _whole(token: str) -> str:
     """The same, where it is no part of a longer word, or of a row of the same sign."""
-    first, last = (_nfc(token).strip()[place] for place in (0, -1))
-    return f"(?<!{_edge(first)}){_pattern(token)}(?!{_edge(last)})"
+    signs = _nfc(token).strip()
+    letters = [sign for sign in signs if not unicodedata.category(sign).startswith("M")] or signs  # no vowel signs
+    return f"(?<!{_edge(letters[0])}){_pattern(token)}(?!{_edge(letters[-1])})"
 
 
 def _edge(sign: str) -> str:
@@ -301,7 +302,7 @@ def _check_tokens(pipeline: Any, encoders: Sequence[TextEncoder], words: Sequenc
         taken |= {token: "loaded by load_textual_inversion" for token in added.keys() - special if token not in taken}
     for word in words:
         token = _nfc(word.token)
-        if not token.strip() or any(ord(sign) >= _FIRST_KEPT for sign in token):
+        if not token.strip() or any(ord(sign) >= _FIRST_KEPT or unicodedata.category(sign) == "Cs" for sign in token):
             raise UsageError(f"{shown(repr(word.token))} cannot be a token; give another with token=…")
         if token in taken:
             said = f"the token {shown(token)} is in use: it is {taken[token]}"

@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_convert.containers import Source, opened
+from lora_convert.containers.dtypes import numpy_dtype
 from lora_convert.converters.embedding_record import RECORD_NAME
 from lora_convert.converters.embeddings import embedding_files, read_vectors
 from lora_convert.converters.fidelity import Rung
@@ -90,7 +92,11 @@ def _recorded(record: Path, files: Mapping[str, Path]) -> Iterator[Placement]:
 
 
 def _placement(file: Path, family: str | None) -> Placement | None:
-    """What a file says itself. None where Diffusers' loader takes it for something else, or its encoder is open."""
+    """What a file says itself. None where Diffusers' loader takes it for something else or would unpickle it, or its
+    encoder is open.
+    """
+    if not _is_safe(file):
+        return None
     with opened(file) as source:
         found = detect(source, family=family)
         if len(found.embeddings) != 1 or len(source.header.tensors) != 1:
@@ -109,8 +115,15 @@ def _placement(file: Path, family: str | None) -> Placement | None:
     return Placement(file, embedding.token, encoders.pop())
 
 
+def _is_safe(file: Path) -> bool:
+    """Whether Diffusers reads a file by the safetensors library: by its name; all others it gives to torch.load."""
+    return file.name.endswith(".safetensors")
+
+
 def load_one(pipeline: Any, placement: Placement) -> None:
     """Load one file as the record's snippet does. Raises LoadingError with the loader's own words."""
+    if not _is_safe(placement.file):
+        raise LoadingError("Diffusers would unpickle it, since its name does not end in .safetensors")
     encoder = placement.encoder
     parts = {"text_encoder": getattr(pipeline, encoder.component), "tokenizer": getattr(pipeline, encoder.tokenizer)}
     try:
@@ -144,13 +157,14 @@ def words_of(outputs: Sequence[Opened], sources: Sequence[Opened]) -> tuple[Word
 def check_loaded(path: Path, family: str | None, words: Sequence[Word]) -> Rung:
     """The rung `load`: every file through diffusers' `load_textual_inversion`, onto tables of the real widths.
 
-    Where a prompt has the token, the vectors must then be there: all of them, in order, bit for bit in float32. The
-    tables belong to encoders of one layer and have the embedded models' vocabulary, no real weights.
+    Where a prompt has the token, the vectors must then be there: all of them, in order, bit for bit in float32 but for
+    rounding to the file's dtype, which is the rung `vectors`' matter. The tables belong to encoders of one layer and
+    have the embedded models' vocabulary, no real weights.
     """
     try:
         places = placements(path, family)
         if not places:
-            return Rung("skipped", "only embeddings in the Diffusers layout are loaded")
+            return Rung("skipped", "only safetensors files in the Diffusers layout are loaded")
         with collected_warnings() as messages:
             host = _host(places)
             for place in places:
@@ -163,7 +177,7 @@ def check_loaded(path: Path, family: str | None, words: Sequence[Word]) -> Rung:
     findings, read = [], 0
     for place in places:
         wanted = by_token[place.token].vectors.get(place.encoder.key) if place.token in by_token else None
-        said = _wrong(host, place, wanted)
+        said = _wrong(host, place, None if wanted is None else _as_stored(place.file, wanted))
         findings += [not_loaded(f"{place.token} ({place.encoder.key})", said)] if said else []
         read += 0 if said or wanted is None else len(wanted)
     placed = {(place.token, place.encoder.key) for place in places}
@@ -206,6 +220,14 @@ def _host(places: Sequence[Placement]) -> Any:
     return host
 
 
+def _as_stored(file: Path, wanted: Array) -> Array:
+    """The source's vectors in the dtype of the file, to which `convert` may have rounded them."""
+    with opened(file) as source:
+        dtypes = {tensor.dtype for tensor in source.header.tensors.values()}
+    with np.errstate(over="ignore"):
+        return wanted.astype(numpy_dtype(dtypes.pop())) if len(dtypes) == 1 else wanted
+
+
 def _wrong(host: Any, place: Placement, wanted: Array | None) -> str | None:
     """What is wrong with the vectors that a prompt with the token gets; None if nothing is."""
     if wanted is None:
@@ -236,8 +258,13 @@ class EmbeddingProof(PictureProof):
         self.words, self.family = tuple(words), family
 
     def settings_of(self, k: int) -> Settings:
-        """How picture k is drawn."""
+        """How picture k is drawn. Tokens stand in prompts as the output spells them: in other capitals the pipeline's
+        loader reads one vector of several.
+        """
         settings = super().settings_of(k)
+        for word in self.words:
+            pieces = _standing(word.token).split(settings.prompt)
+            settings = replace(settings, prompt=word.token.join(pieces))
         if any(_standing(word.token).search(settings.prompt) for word in self.words):
             return settings
         return replace(settings, negative_prompt=self.words[k % len(self.words)].token)
@@ -400,5 +427,6 @@ def _pieces(text: str, tokenizer: Any, words: Sequence[Word], key: str) -> list[
 
 def _standing(token: str) -> re.Pattern[str]:
     """A token that is no part of a longer word."""
-    before, after = (r"\w" if re.match(r"\w", sign) else re.escape(sign) for sign in (token[0], token[-1]))
+    letters = [sign for sign in token if not unicodedata.category(sign).startswith("M")] or token
+    before, after = (r"\w" if re.match(r"\w", sign) else re.escape(sign) for sign in (letters[0], letters[-1]))
     return re.compile(f"(?<!{before}){re.escape(token)}(?!{after})", re.IGNORECASE)
