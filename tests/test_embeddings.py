@@ -242,6 +242,8 @@ TOKENS = {
     "a path": ("../../etc/passwd", {}, "etcpasswd", {"token-renamed"}),
     "a terminal's controls": ("a\x1b[31mb", {}, "a[31mb", {"token-renamed"}),
     "turned around": ("ab\u202ecd", {}, "abcd", {"token-renamed"}),
+    "not in NFC": ("skse\u0301", {}, "sks\xe9", {"token-renamed"}),
+    "blanks inside": ("sks \xa0 style\n2", {}, "sks style 2", {"token-renamed"}),
     "no name": ("", {}, "sksx", {"token-from-name"}),
     "blanks for a name": ("  ", {}, "sksx", {"token-from-name"}),
 }
@@ -655,7 +657,6 @@ def test_merge_says_that_an_embedding_is_no_part_of_a_model(kind, tmp_path):
 
 COLLIDING = {
     "signs that file names cannot have": ["<qzq>", "qzq", ":qzq"],
-    "one name in two normal forms": ["qzqé", "qzqe\u0301"],
     "longer than names can be": ["😀" * 70 + "x", "😀" * 70 + "y"],
     "nothing left": ["<?>", "<:>"],
 }
@@ -818,6 +819,12 @@ def _renamed(path: Path) -> None:
     save_file({"sksother": values}, path, metadata)
 
 
+def _edited(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+
+
 WRONG_FOLDERS = {
     "encoders exchanged": ("pair", lambda one, two, rest: _exchanged(one, two)),
     "tokens exchanged": ("two tokens", lambda one, two, rest: _exchanged(one, two)),
@@ -826,6 +833,10 @@ WRONG_FOLDERS = {
         "pair", lambda one, two, rest: one.with_name("learned_embeds-0.safetensors").write_bytes(one.read_bytes())
     ),
     "another record": ("pair", lambda one, two, rest: rest.write_text(rest.read_text().replace('"sks"', '"sksother"'))),
+    "other encoders in the record": ("pair", lambda one, two, rest: _edited(rest, '"clip_l"', '"clip_g"')),
+    "another source in the record": ("pair", lambda one, two, rest: _edited(rest, '"sha256": "', '"sha256": "0')),
+    "other lines in the record": ("pair", lambda one, two, rest: _edited(rest, 'folder = ', 'import os; folder = ')),
+    "lists for names in the record": ("pair", lambda one, two, rest: _edited(rest, '"token": "sks"', '"token": []')),
     "a broken record": ("pair", lambda one, two, rest: rest.write_text("[" * 100_000)),
     "no embedding": ("bundle", lambda one, two, rest: [path.unlink() for path in (one, two)]),
     "one that is not the LoRA's": ("LoRA", lambda one, two, rest: None),
@@ -873,3 +884,10 @@ def test_the_sign_of_a_zero_is_a_bit_too(tmp_path):
     values[0, 0] = -0.0
     save_file({"sksx": values}, path, metadata)
     assert not lora_convert.validate(tmp_path / "out", source).ok
+
+
+def test_a_token_that_diffusers_gives_to_another_ones_vector(tmp_path):
+    path = embedding(tmp_path, sks=np.full((2, 768), 0.5, np.float32), sks_1=np.full((1, 768), 0.2, np.float32))
+    result = lora_convert.convert(path, tmp_path / "out")
+    assert not result.ok and "duplicate-module" in names_of(result.findings)
+    assert lora_convert.convert(path, tmp_path / "one", to="comfy").ok

@@ -120,6 +120,7 @@ CASES = {
     "more than there is room for": ({"long": 90}, "a circle, long, and more"),
     "truncated within": ({"long": 40}, "long long"),
     "part of a word in another script": ({"हि": 2}, "a हिन्दी, हि"),
+    "a script without blanks": ({"画风": 2}, "一画风一, 画风"),
     "special signs": ({"a.c(d)\\e": 2, "$1": 2}, "abc(d)\\e a.c(d)\\e $1 1"),
     "not there": ({"neon": 2}, "a red circle"),
 }
@@ -745,7 +746,8 @@ def test_files_for_the_wrong_encoder(tmp_path):
     first, second = content["embeddings"][0]["files"]
     first["file"], second["file"] = second["file"], first["file"]
     record.write_text(json.dumps(content))
-    rung = proof(tmp_path / "out", source).rungs["load"]
+    assert proof(tmp_path / "out", source).rungs["vectors"].status == "fail"
+    rung = check_loaded(tmp_path / "out", "tiny-sdxl", [Word("neon", vectors("tiny-sdxl", 2))])
     assert rung.status == "fail" and "incorrect shape" in rung.findings[0].message
 
 
@@ -890,3 +892,8 @@ def test_golden_cases_take_embeddings(tmp_path):
     assert check(suite, cases=["positive", "negative"]).ok
     content: Finding | dict[str, Any] = json.loads((tmp_path / "golden" / "positive" / "00.json").read_text())
     assert content["record"]["adapters"][0]["tokens"] == ["Neon"]
+
+
+def test_a_token_is_text(pipeline, tmp_path):
+    with pytest.raises(UsageError, match="token must be text"):
+        apply(pipeline, write(tmp_path / "neon.safetensors", vectors(family_of(pipeline), 1)), token=5)

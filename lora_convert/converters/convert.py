@@ -48,6 +48,7 @@ __all__ = [
     "Progress",
     "ValidateResult",
     "convert",
+    "opened_whole",
     "output_files",
     "plan",
     "validate",
@@ -157,7 +158,9 @@ def local_path(target: _T, progress: Progress | None = None) -> _T | Path:
 
 
 @contextlib.contextmanager
-def _opened_whole(target: Target, max_header: int, skip: Sequence[str], progress: Progress | None) -> Iterator[Source]:
+def opened_whole(
+    target: Target, max_header: int, skip: Sequence[str], progress: Progress | None = None
+) -> Iterator[Source]:
     """`opened`, of an address on a hub the download, under the address: the cache's folders are named by commits."""
     local = local_path(target, progress)
     with opened(local, max_header, skip) as source:
@@ -300,7 +303,7 @@ def convert(
     """
     asked = _options(options)
     try:
-        with _opened_whole(target, max_header, asked.skip, progress) as source:
+        with opened_whole(target, max_header, asked.skip, progress) as source:
             planned = _planned(source, asked)
             if planned.ok:
                 _check_places(_placed(planned, Path(out)), [target, *beside], force)
@@ -610,7 +613,7 @@ def _open_truth(
 ) -> Opened:
     """The source, open, with what it is. Raises _UnsoundError."""
     try:
-        source = stack.enter_context(_opened_whole(against, max_header, skip, progress))
+        source = stack.enter_context(opened_whole(against, max_header, skip, progress))
         truth = detect(source, family=family, config=config)
     except FileError as error:
         raise _UnsoundError(against, error.findings) from None

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from lora_convert.containers import Source
-from lora_convert.converters.embedding_record import RECORD_NAME
+from lora_convert.converters.embedding_record import RECORD_NAME, snippet_of
 from lora_convert.converters.embeddings import Array, misplaced, read_vectors
 from lora_convert.converters.fidelity import TOLERANCE, Rung
 from lora_convert.converters.metadata import PROVENANCE
+from lora_convert.hashes import sha256_of
 from lora_convert.inspect.detection import Detection, Embedding
 from lora_convert.report import Finding, counted, json_number, listed, shown
 
@@ -115,19 +116,41 @@ def check_vectors(outputs: Sequence[Opened], against: Opened, record: Sequence[F
 def check_record(folder: Path, outputs: Sequence[Opened]) -> list[Finding]:
     """What the record in a folder says otherwise than the files; nothing if there is no record.
 
-    Who loads by it gives the token along, so that Diffusers asks no file for its own.
+    Who loads by it gives the token along, so that Diffusers asks no file for its own, and may run its lines.
     """
     try:
         with (folder / RECORD_NAME).open("rb") as file:
             record = json.loads(file.read(_LARGEST_RECORD))
-        said = {file["file"]: entry["token"] for entry in record["embeddings"] for file in entry["files"]}
+        said = {
+            str(file["file"]): (str(entry["token"]), str(file["encoder"]))
+            for entry in record["embeddings"]
+            for file in entry["files"]
+        }
+        sha256 = str(record["sha256"])
+        strange = record["snippet"] != snippet_of(record["embeddings"], record["family"])
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return [_mismatch("", f"the record {RECORD_NAME} cannot be read.")]
-    held = {Path(found.file).name: found.embeddings[0].token for _, found in outputs if found.kind == "embedding"}
-    wrong = sorted({str(name) for name, _ in said.items() ^ held.items()})
-    return [_mismatch("", f"the record {RECORD_NAME} says otherwise of {listed(wrong)}.")] if wrong else []
+    files = {Path(found.file).name: (source, found) for source, found in outputs if found.kind == "embedding"}
+    held = {name: _in_short(found) for name, (_, found) in files.items()}
+    wrong = sorted(name for name in said.keys() | held.keys() if said.get(name) != held.get(name))
+    wrong += [name for name, file in files.items() if name not in wrong and not _comes_from(*file, sha256)]
+    findings = [_mismatch("", f"the record {RECORD_NAME} says otherwise of {listed(wrong)}.")] if wrong else []
+    if strange:
+        findings.append(_mismatch("", f"the lines of Python in {RECORD_NAME} are not those that load these files."))
+    return findings
+
+
+def _in_short(found: Detection) -> tuple[str, str]:
+    """What a file says itself of what the record says of it: token and text encoder."""
+    encoder = (found.metadata or {}).get(f"{PROVENANCE}encoder", ",".join(found.embeddings[0].vectors))
+    return found.embeddings[0].token, encoder
+
+
+def _comes_from(source: Source, found: Detection, sha256: str) -> bool:
+    """Whether a file was made of the source of this SHA-256, or is a copy of it because it was one of ours."""
+    return (found.metadata or {}).get(f"{PROVENANCE}source_sha256") == sha256 or sha256_of(source.chunks()) == sha256
 
 
 def _misnamed(found: Detection) -> Iterator[Finding]:

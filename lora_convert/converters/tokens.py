@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePath
 
@@ -32,11 +33,28 @@ def named_embeddings(detection: Detection, options: Options) -> tuple[list[tuple
             token = token if given_token is not None else _bracketed(token, embeddings)
         findings += remarks
         named.append((embedding, token))
+    if not options.joins:
+        findings += _numbered(named)
     twice = sorted({token for _, token in named if [other.lower() for _, other in named].count(token.lower()) > 1})
     if twice and severest(findings) != "error":
         message = f"Several embeddings have the name {shown(twice[0])}."
         findings.append(Finding("duplicate-module", "error", "", message, "Name them with --token, once for each."))
     return named, findings
+
+
+def _numbered(named: Sequence[tuple[Embedding, str]]) -> list[Finding]:
+    """What is wrong with tokens like `sks_1`, which Diffusers gives to the later vectors of another, `sks`."""
+    tokens = {token for _, token in named}
+    findings = []
+    for embedding, token in named:
+        same = sorted(tokens & {f"{token}_{number}" for number in range(1, embedding.count)})
+        if same:
+            message = (
+                f"Diffusers calls a vector of {shown(token)} {shown(same[0])}, which is another embedding's token."
+            )
+            fix = "Name them with --token, once for each."
+            findings.append(Finding("duplicate-module", "error", embedding.tensors[0], message, fix))
+    return findings
 
 
 def _token(embedding: Embedding, given: str | None, lowers: bool) -> tuple[str, list[Finding]]:
@@ -46,14 +64,14 @@ def _token(embedding: Embedding, given: str | None, lowers: bool) -> tuple[str, 
     if given is None and not embedding.stated and token:
         message = f"The file names no token, so it gets the file's own name: {shown(token)}."
         findings.append(Finding("token-from-name", "note", subject, message, "--token gives it another."))
-    typed = "".join(character for character in token if printable(character) == character and character not in "/\\")
-    typed = typed.strip(". ") if typed != token else token
+    typed = _typed(token)
     if not typed.strip():
         message = "Neither the file nor its name gives a token."
         return "", [Finding("token-missing", "error", subject, message, "Name it: --token WORD.")]
     if typed != token:
         message = (
-            f"The token {shown(repr(token))} cannot be typed into a prompt, or looks like a path: {typed!r} it is."
+            f"The token {shown(repr(token))} has signs or blanks that a prompt cannot have, or looks like a path: "
+            f"{typed!r} it is."
         )
         findings.append(Finding("token-renamed", "warning", subject, message, "--token gives it another."))
     if lowers and embedding.count > 1 and typed != typed.lower():
@@ -64,6 +82,13 @@ def _token(embedding: Embedding, given: str | None, lowers: bool) -> tuple[str, 
         findings.append(Finding("token-lowercased", "warning", subject, message))
         typed = typed.lower()
     return typed, findings
+
+
+def _typed(token: str) -> str:
+    """The token as it can stand in a prompt: tokenizers bring texts to NFC and make one blank of any white space."""
+    signs = (sign for sign in token if sign.isspace() or (printable(sign) == sign and sign not in "/\\"))
+    typed = " ".join(unicodedata.normalize("NFC", "".join(signs)).split())
+    return typed.strip(". ") if typed != token else token
 
 
 def _bracketed(token: str, others: Sequence[Embedding]) -> str:

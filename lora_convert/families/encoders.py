@@ -73,13 +73,8 @@ EMBEDDING_FAMILIES: Mapping[str, tuple[TextEncoder, ...]] = {
 WITHOUT_LOADER = ("sd3",)
 """Base models whose Diffusers pipeline has no `load_textual_inversion`."""
 
-POOLED: Mapping[str, str] = {
-    "sdxl": "text_encoder_2",
-    "sdxl-refiner": "text_encoder_2",
-    "tiny-sdxl": "text_encoder_2",
-    "flux": "text_encoder",
-}
-"""Base models whose pipelines use a text encoder's pooled output, and of which they do."""
+POOLED: Mapping[str, str] = {"flux": "text_encoder"}
+"""Base models whose pipelines use the pooled output of a text encoder other than CLIP-G, and of which they do."""
 
 
 def usual_norm(key: str, width: int) -> float:

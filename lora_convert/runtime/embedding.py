@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lora_convert.containers import MAX_HEADER, Source, opened
+from lora_convert.containers import MAX_HEADER, Source
+from lora_convert.converters.convert import opened_whole
 from lora_convert.converters.embeddings import read_vectors
 from lora_convert.errors import FileError, UsageError
 from lora_convert.families.encoders import EMBEDDING_FAMILIES, TextEncoder, title_of
@@ -176,10 +177,14 @@ def _whole(token: str) -> str:
     """The same, where it is no part of a longer word, or of a row of the same sign."""
     signs = _nfc(token).strip()
     letters = [sign for sign in signs if not unicodedata.category(sign).startswith("M")] or signs  # no vowel signs
-    return f"(?<!{_edge(letters[0])}){_pattern(token)}(?!{_edge(letters[-1])})"
+    before, after = (_edge(letters[place]) for place in (0, -1))
+    return f"{f'(?<!{before})' if before else ''}{_pattern(token)}{f'(?!{after})' if after else ''}"
 
 
 def _edge(sign: str) -> str:
+    """What must not stand beside a token that begins or ends with this sign; nothing in scripts without blanks."""
+    if sign.isalnum() and unicodedata.east_asian_width(sign) in ("W", "F"):
+        return ""
     return r"\w" if sign.isalnum() or sign == "_" else _literal(sign)
 
 
@@ -389,7 +394,7 @@ def read_words(
     findings: list[Finding] = []
     skipped = (skip,) if isinstance(skip, str) else tuple(skip)
     for file in files:
-        with opened(file, max_header, skipped) as source:
+        with opened_whole(called if called.startswith("hf://") else file, max_header, skipped) as source:
             found = _detected(source, family, base, config)
             if found.kind == "embedding":
                 _refuse_unfit(found, called, base)
@@ -433,7 +438,9 @@ def _names(tokens: Sequence[str], given: str | Sequence[str] | None, called: str
     """What the embeddings are to be called."""
     if given is None:
         return tokens
-    names = [given] if isinstance(given, str) else list(given)
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else [given]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"token must be text; it is {shown(repr(given))}")
     if len(names) != len(tokens):
         there = counted(len(tokens), "embedding") + (f" ({listed(tokens)})" if tokens else "")
         raise UsageError(f"token gives {counted(len(names), 'name')}, and {shown(called)} has {there}")

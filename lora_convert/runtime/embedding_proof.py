@@ -428,5 +428,9 @@ def _pieces(text: str, tokenizer: Any, words: Sequence[Word], key: str) -> list[
 def _standing(token: str) -> re.Pattern[str]:
     """A token that is no part of a longer word."""
     letters = [sign for sign in token if not unicodedata.category(sign).startswith("M")] or token
-    before, after = (r"\w" if re.match(r"\w", sign) else re.escape(sign) for sign in (letters[0], letters[-1]))
+    before, after = (
+        # scripts without blanks have no words to be whole
+        ("(?!)" if unicodedata.east_asian_width(sign) in "WF" else r"\w") if re.match(r"\w", sign) else re.escape(sign)
+        for sign in (letters[0], letters[-1])
+    )
     return re.compile(f"(?<!{before}){re.escape(token)}(?!{after})", re.IGNORECASE)
