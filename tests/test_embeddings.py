@@ -275,6 +275,18 @@ def test_a1111_goes_by_the_name_of_the_file(tmp_path):
     assert "sksoutside" in said.message and said.severity == "note"
 
 
+def test_what_was_converted_goes_by_its_token(tmp_path):
+    lora_convert.convert(a1111(tmp_path, "sks"), tmp_path / "out")
+    again = lora_convert.convert(tmp_path / "out", tmp_path / "again", to="a1111")
+    assert token_of(again) == "sks" and not again.findings
+
+
+def test_training_is_told(tmp_path):
+    path = a1111(tmp_path, "sks", step=500, sd_checkpoint_name="v1-5-pruned")
+    training = {"title": "sks", "base model": "v1-5-pruned", "steps": "500"}
+    assert lora_convert.identify(path).training.items() >= training.items()
+
+
 def test_a_file_of_a_general_name_is_called_as_its_folder(tmp_path):
     path = embedding(tmp_path / "my-style", "embeddings.safetensors")
     assert token_of(lora_convert.convert(path, tmp_path / "out")) == "my-style"
@@ -433,6 +445,7 @@ def test_layers_of_a_unet_are_no_tokens(tmp_path):
         embedding(tmp_path, **{n: np.ones((2, 768), np.float32) for n in layers}), tmp_path / "o"
     )
     assert result.status == "refused" and names_of(result.findings) == {"unsupported-kind"}
+    assert result.plan.detection.ok and result.plan.detection.kind == "embedding"
 
 
 def test_an_optimizers_state_is_no_embedding(tmp_path):

@@ -84,7 +84,7 @@ def embedding_plan(detection: Detection, options: Options) -> Plan:
 _NOT_DOABLE = frozenset({"unsupported-kind", "unknown-width"})
 """Errors of files that are sound, but of a kind that has no form as an embedding."""
 
-_GRAVE = frozenset({"not-finite", "unknown-width"})
+_GRAVE = frozenset({"not-finite", "unknown-width", "unsupported-kind"})
 """What `inspect` warns of and what cannot be converted."""
 
 

@@ -110,14 +110,15 @@ def _known(embedding: Embedding, token: str, given: bool) -> Finding:
     return Finding("token-renamed", "warning", subject, message, "--token gives it another.")
 
 
+_PICTURES = (".png", ".webp")
+
+
 def _other_name(detection: Detection, embedding: Embedding) -> Finding | None:
-    """The note that A1111 calls a file of its own by the file's name, not by the name inside it."""
+    """The note that A1111 calls a file of its own by the file's name (a picture by the name inside it)."""
     path = PurePath(detection.file)
-    called = detection.file.startswith("<") or path.suffix.lower() in (
-        ".png",
-        ".webp",
-    )  # pictures go by the name inside
-    if called or detection.trainer != "a1111" or path.stem.lower() == embedding.token.lower():
+    own = detection.trainer == "a1111" and "lora_convert.version" not in (detection.metadata or {})
+    named = not detection.file.startswith("<") and path.suffix.lower() not in _PICTURES
+    if not (own and named) or path.stem.lower() == embedding.token.lower():
         return None
     message = f"A1111 calls it by the file's name, {shown(path.stem)}, and not by the {shown(embedding.token)} inside."
     return Finding("token-differs", "note", "", message, f"--token {shown(path.stem)} keeps that name.")

@@ -152,7 +152,7 @@ def detect(
         dtypes=dtypes,
         metadata=header.metadata,
         trigger_words=trigger_words(header.metadata),
-        training=training_facts(header.metadata),
+        training=training_facts({**header.extras, **header.metadata}),
     )
     if embedding_forms.is_own(header):
         return embeddings.describe(source, base, family, read_values=read_alphas)

@@ -34,7 +34,8 @@ def describe(source: Source, base: Detection, family: str | None, *, read_values
             "This is an extended textual inversion (XTI), with vectors for every layer of the UNet: it has no form as "
             "an embedding of a text encoder."
         )
-        return _refused(base, Finding("unsupported-kind", "error", "", message))
+        layers = Finding("unsupported-kind", "warning", "", message)
+        return replace(base, kind="embedding", findings=(*base.findings, layers))
     tensors = {tensor: named(header, tensor, name) for tensor, name in names_inside(header).items()}
     unexplained = tuple(name for name, one in tensors.items() if one is None)
     found = [one for one in tensors.values() if one is not None]
@@ -74,10 +75,6 @@ def carried(
         embeddings, said = _with_norms(embeddings, source)
         findings += said
     return embeddings, findings
-
-
-def _refused(base: Detection, finding: Finding) -> Detection:
-    return replace(base, kind="embedding", findings=(*base.findings, finding))
 
 
 def _unexplained(name: str) -> Finding:

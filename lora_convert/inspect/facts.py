@@ -14,10 +14,10 @@ _MOST_WORDS = 20
 _LABELS: Mapping[str, tuple[str, ...]] = {
     "title": ("modelspec.title", "ss_output_name", "name"),
     "author": ("modelspec.author",),
-    "base model": ("ss_sd_model_name", "ss_base_model_version"),
+    "base model": ("ss_sd_model_name", "ss_base_model_version", "sd_checkpoint_name"),
     "resolution": ("modelspec.resolution", "ss_resolution"),
     "images": ("ss_num_train_images",),
-    "steps": ("ss_steps", "ss_max_train_steps"),
+    "steps": ("ss_steps", "ss_max_train_steps", "step"),
     "epochs": ("ss_num_epochs", "ss_epoch"),
     "learning rate": ("ss_unet_lr", "ss_learning_rate"),
     "optimizer": ("ss_optimizer",),
@@ -34,11 +34,14 @@ _LABELS: Mapping[str, tuple[str, ...]] = {
 """Label -> metadata keys, the first that says something counts."""
 
 
+_NOTHING = ("", "None", "null")
+
+
 def training_facts(metadata: Mapping[str, str]) -> dict[str, str]:
     """Training settings by label; only those that the file states."""
     facts = {}
     for label, keys in _LABELS.items():
-        value = next((metadata[key] for key in keys if metadata.get(key, "None") not in ("", "None")), None)
+        value = next((metadata[key] for key in keys if metadata.get(key, "None") not in _NOTHING), None)
         if value is not None:
             facts[label] = value
     return facts
