@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-__all__ = ["content_hashes", "file_hashes", "sha256_of"]
+__all__ = ["file_hashes", "sha256_of"]
 
 _LEGACY_START, _LEGACY_SIZE = 0x100000, 0x10000
 
@@ -31,13 +31,6 @@ def legacy_hash(read_at: ReadAt, size: int) -> str:
     """SHA-256 of the 64 KiB that begin at 1 MiB, in full; what a shorter file lacks counts as empty."""
     start = min(_LEGACY_START, size)
     return hashlib.sha256(read_at(start, min(_LEGACY_SIZE, size - start))).hexdigest()
-
-
-def content_hashes(header: bytes, data: bytes) -> tuple[str, str]:
-    """SHA-256 of the tensors' bytes, and the first 8 digits of the legacy hash of a file with this header."""
-    content = header + data
-    legacy = legacy_hash(lambda offset, size: content[offset : offset + size], len(content))
-    return hashlib.sha256(data).hexdigest(), legacy[:8]
 
 
 class _Digest(Protocol):

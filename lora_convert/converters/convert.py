@@ -359,11 +359,11 @@ def _fill(
     source: Source,
     planned: Plan,
     weights: BaseWeights | None,
-    source_sha256: Callable[[], str],
+    source_sha256: Callable[[], str] | None,
     progress: Progress | None,
 ) -> tuple[list[Finding], Sequence[Truncation]]:
-    """Write the outputs' content; returns what was noticed and what was cut."""
-    if _is_own_output(planned, source):
+    """Write the outputs' content, copies without `source_sha256`; returns what was noticed and what was cut."""
+    if source_sha256 is None:
         for chunk in source.chunks():
             files[0].write(chunk)
         return [], ()
@@ -379,7 +379,7 @@ def _fill(
         findings += _idle_findings(noticed.idle, planned)
         truncations = noticed.truncations
     if planned.embeddings and severest(findings) != "error":
-        findings += write_embeddings(planned, source, files, source_sha256())
+        findings += write_embeddings(planned, source, files, source_sha256)
     return findings, truncations
 
 
@@ -396,8 +396,11 @@ def _write(
         with contextlib.ExitStack() as written, contextlib.ExitStack() as read, ThreadPoolExecutor(2) as beside:
             files = [written.enter_context(atomic_file(path)) for path in planned.paths]
             configs = _write_configs(planned, written)
-            source_sha256 = beside.submit(sha256_of, source.chunks())
-            said, truncated = _fill(files, source, planned, weights, source_sha256.result, progress)
+            copied = _is_own_output(planned, source)
+            hashed = planned.embeddings or not copied  # the record of embeddings names the source of a copy too
+            source_sha256 = beside.submit(sha256_of, source.chunks() if hashed else ())
+            asked = None if copied else source_sha256.result
+            said, truncated = _fill(files, source, planned, weights, asked, progress)
             findings += said
             if severest(findings) == "error":
                 raise _AbandonedError

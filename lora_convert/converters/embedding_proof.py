@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_convert.containers import Source
-from lora_convert.converters.embedding_record import RECORD_NAME, snippet_of
+from lora_convert.converters.embedding_record import RECORD_NAME, read_record, snippet_of
 from lora_convert.converters.embeddings import Array, misplaced, read_vectors
 from lora_convert.converters.fidelity import TOLERANCE, Rung
 from lora_convert.converters.metadata import PROVENANCE
@@ -21,8 +20,6 @@ from lora_convert.report import Finding, counted, json_number, listed, shown
 __all__ = ["check_record", "check_values", "check_vectors"]
 
 Opened = tuple[Source, Detection]
-
-_LARGEST_RECORD = 1 << 20
 
 
 def check_values(outputs: Sequence[Opened]) -> Rung:
@@ -119,8 +116,7 @@ def check_record(folder: Path, outputs: Sequence[Opened]) -> list[Finding]:
     Who loads by it gives the token along, so that Diffusers asks no file for its own, and may run its lines.
     """
     try:
-        with (folder / RECORD_NAME).open("rb") as file:
-            record = json.loads(file.read(_LARGEST_RECORD))
+        record = read_record(folder / RECORD_NAME)
         said = {
             str(file["file"]): (str(entry["token"]), str(file["encoder"]))
             for entry in record["embeddings"]
@@ -130,7 +126,7 @@ def check_record(folder: Path, outputs: Sequence[Opened]) -> list[Finding]:
         strange = record["snippet"] != snippet_of(record["embeddings"], record["family"])
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return [_mismatch("", f"the record {RECORD_NAME} cannot be read.")]
     files = {Path(found.file).name: (source, found) for source, found in outputs if found.kind == "embedding"}
     held = {name: _in_short(found) for name, (_, found) in files.items()}

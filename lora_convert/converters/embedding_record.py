@@ -12,10 +12,13 @@ from lora_convert.converters.plan import Plan
 from lora_convert.families.encoders import POOLED, WITHOUT_LOADER
 from lora_convert.report import SCHEMA
 
-__all__ = ["RECORD_NAME", "record_of", "record_path", "snippet_of"]
+__all__ = ["RECORD_NAME", "read_record", "record_of", "record_path", "snippet_of"]
 
 RECORD_NAME = f"{STEM}.json"
 """What the record is called in a folder; `-o NAME.safetensors` makes it `NAME.json`."""
+
+_LARGEST = 1 << 20
+"""Bytes of a record that are read."""
 
 
 def record_path(planned: Plan) -> Path | None:
@@ -28,6 +31,18 @@ def record_path(planned: Plan) -> Path | None:
         return path.with_name(RECORD_NAME)
     own = f"-{slug_of(first.token)}" if len(planned.embeddings) > 1 else ""
     return path.with_name(f"{path.stem.removesuffix(own)}.json")
+
+
+def read_record(path: Path) -> Any:
+    """The content of a record, unchecked. Raises OSError, and ValueError for what is none."""
+    with path.open("rb") as file:
+        text = file.read(_LARGEST + 1)
+    if len(text) > _LARGEST:
+        raise ValueError("it is too large")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def record_of(planned: Plan, sha256: str) -> dict[str, Any]:

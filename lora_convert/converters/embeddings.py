@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path, PurePath
@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 
 from lora_convert._version import __version__
 from lora_convert.containers import Source
-from lora_convert.containers.dtypes import KEPT_AS, numpy_dtype
+from lora_convert.containers.dtypes import numpy_dtype
 from lora_convert.containers.folder import embedding_files
-from lora_convert.converters.metadata import PROVENANCE, Hashes, with_hashes
-from lora_convert.converters.plan import DTYPES, EmbeddingStep, Options, OutputFile, OutputTensor, Plan
+from lora_convert.converters.metadata import PROVENANCE, UNKNOWN, with_hashes, write_final_header
+from lora_convert.converters.plan import EmbeddingStep, Options, OutputFile, OutputTensor, Plan, written_dtype
 from lora_convert.converters.tokens import named_embeddings
-from lora_convert.converters.writer import header_bytes
+from lora_convert.converters.writer import RESERVED, header_bytes
 from lora_convert.families.encoders import EMBEDDING_FAMILIES, WITHOUT_LOADER, TextEncoder, title_of
-from lora_convert.hashes import content_hashes
 from lora_convert.inspect.detection import Detection, Embedding
 from lora_convert.inspect.embedding_forms import MOST_READ
 from lora_convert.report import Finding, counted, printable, severest, shown
@@ -56,7 +55,6 @@ _MOST_BYTES = 100
 _UNFIT = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 """Characters that file names cannot have on some system."""
 
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _KEPT_EXTRAS = ("name", "step", "sd_checkpoint", "sd_checkpoint_name")
 
 
@@ -167,7 +165,7 @@ def _suffix(detection: Detection, embedding: Embedding, key: str) -> str:
 
 def _tensor(embedding: Embedding, key: str, called: str, token: str, file: int, options: Options) -> OutputTensor:
     part = embedding.vectors[key]
-    dtype = DTYPES[options.dtype] if options.dtype else KEPT_AS.get(part.dtype, part.dtype)
+    dtype = written_dtype(part.dtype, options.dtype)
     return OutputTensor(called or token, dtype, (part.count, part.width), key, file)
 
 
@@ -192,7 +190,7 @@ def _on_disk(name: str) -> str:
 def slug_of(token: str) -> str:
     """A token as a part of a file's name; never a path, and a name on every system."""
     text = _UNFIT.sub("", printable(token)).strip(". ").encode()[:_MOST_BYTES].decode(errors="ignore").rstrip(". ")
-    return f"_{text}" if _RESERVED.fullmatch(text) else text
+    return f"_{text}" if RESERVED.fullmatch(text) else text
 
 
 def embedding_paths(planned: Plan, out: Path) -> list[Path]:
@@ -260,17 +258,18 @@ class _Content:
     keys: tuple[str, ...]
 
 
-def write_embeddings(planned: Plan, source: Source, files: Sequence[BinaryIO], sha256: str) -> list[Finding]:
+def write_embeddings(
+    planned: Plan, source: Source, files: Sequence[BinaryIO], source_sha256: Callable[[], str]
+) -> list[Finding]:
     """Write the embeddings' files; `files` are those of the plan, open. Returns errors of the values."""
     findings: list[Finding] = []
     for content in _contents(planned, source, findings):
-        metadata = _metadata(planned, content, source)
-        data = b"".join(values.tobytes() for values in content.values)
-        tensors, legacy = content_hashes(header_bytes(content.output.tensors, {}), data)
-        final = with_hashes(metadata, Hashes(tensors, legacy, sha256))
-        file = files[next(iter(content.step.outputs[key] for key in content.keys)).file]
-        file.write(header_bytes(content.output.tensors, final))
-        file.write(data)
+        file = files[content.step.outputs[content.keys[0]].file]
+        metadata = with_hashes(_metadata(planned, content, source), UNKNOWN)
+        file.seek(len(header_bytes(content.output.tensors, metadata)))
+        for values in content.values:
+            file.write(values.tobytes())
+        write_final_header(file, content.output.tensors, metadata, source_sha256)
     return findings
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from lora_convert.converters.adapters import Adapter, Base, Lora, adapter_of, re
 from lora_convert.converters.base import BaseWeights
 from lora_convert.converters.fidelity import TOLERANCE
 from lora_convert.converters.folding import Split, rescaled, split_scale
-from lora_convert.converters.metadata import STALE, Hashes, with_hashes
+from lora_convert.converters.metadata import write_final_header
 from lora_convert.converters.native import native_tensors
 from lora_convert.converters.plan import OutputTensor, Plan, Step
 from lora_convert.converters.spectra import spectrum
@@ -27,15 +26,12 @@ from lora_convert.converters.values import count_zeros, is_finite, is_zero, peak
 from lora_convert.converters.writer import header_bytes, offsets
 from lora_convert.errors import Unrepresentable
 from lora_convert.families import Module
-from lora_convert.hashes import legacy_hash
 from lora_convert.report import MOST_FINDINGS, Finding, counted
 
 __all__ = ["Execution", "Truncation", "execute", "ranks_for", "run_step"]
 
 Array = NDArray[Any]
 Progress = Callable[[int], None]
-
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,36 +350,6 @@ def execute(
         if progress:
             progress(sum(source.header.tensors[name].nbytes for name in step.source.tensors.values()))
     if not noticed.findings:
-        for output, file, start, entries in zip(plan.outputs, files, starts, metadata, strict=True):
-            tensors, legacy = _content_hashes(output.tensors, file, start, entries)
-            final = with_hashes(entries, Hashes(tensors, legacy, source_sha256()))
-            file.seek(0)
-            file.write(header_bytes(output.tensors, final))
+        for output, file, entries in zip(plan.outputs, files, metadata, strict=True):
+            write_final_header(file, output.tensors, entries, source_sha256)
     return noticed
-
-
-def _content_hashes(
-    written: Sequence[OutputTensor], file: BinaryIO, start: int, metadata: dict[str, str]
-) -> tuple[str, str]:
-    """SHA-256 and kohya's legacy hash of the data just written, if the metadata asks for them.
-
-    kohya's legacy hash is of the file as it would be with training metadata alone, so positions count from there.
-    """
-    if not STALE.keys() & metadata.keys():
-        return "", ""
-    size = file.seek(0, 2) - start
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    training_header = header_bytes(written, training)
-
-    def read_at(offset: int, length: int) -> bytes:
-        inside = training_header[offset : offset + length]
-        if len(inside) < length:
-            file.seek(start + max(0, offset - len(training_header)))
-            inside += file.read(length - len(inside))
-        return inside
-
-    digest = hashlib.sha256()
-    file.seek(start)
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest(), legacy_hash(read_at, len(training_header) + size)[:8]

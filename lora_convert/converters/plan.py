@@ -38,6 +38,7 @@ __all__ = [
     "Step",
     "magnitude_of",
     "make_plan",
+    "written_dtype",
 ]
 
 AlphaMode = Literal["fold", "header"]
@@ -297,9 +298,13 @@ def magnitude_of(module: AdaptedModule) -> str | None:
     return module.tensors.get("magnitude", module.tensors.get("dora_scale"))
 
 
-def _output_dtype(header: Header, tensor: str, wanted: str | None) -> str:
-    dtype = header.tensors[tensor].dtype
+def written_dtype(dtype: str, wanted: str | None) -> str:
+    """The dtype in which values stored in `dtype` are written, `wanted` being what `--dtype` asks for."""
     return DTYPES[wanted] if wanted else KEPT_AS.get(dtype, dtype)
+
+
+def _output_dtype(header: Header, tensor: str, wanted: str | None) -> str:
+    return written_dtype(header.tensors[tensor].dtype, wanted)
 
 
 def _matrices_dtype(module: AdaptedModule, header: Header, wanted: str | None) -> str:

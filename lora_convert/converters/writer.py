@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -20,7 +21,10 @@ from lora_convert.converters.plan import OutputTensor
 from lora_convert.errors import UsageError
 from lora_convert.report import shown
 
-__all__ = ["atomic_file", "atomic_folder", "flush_folder", "header_bytes", "offsets", "scratch_folder"]
+__all__ = ["RESERVED", "atomic_file", "atomic_folder", "flush_folder", "header_bytes", "offsets", "scratch_folder"]
+
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names that no file can have on Windows."""
 
 _ALIGNMENT = 8
 _MOST_BYTES = 200

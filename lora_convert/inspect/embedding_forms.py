@@ -155,6 +155,8 @@ def _is_own(header: Header, tensor: str, name: str) -> bool:
 
 def is_own(header: Header) -> bool:
     """Whether all tensors of a file or folder are of embeddings that `convert` wrote for Diffusers."""
+    if not any(key.endswith("lora_convert.token") for key in (*header.metadata, *header.extras)):
+        return False
     names = names_inside(header)
     return bool(names) and all(_is_own(header, tensor, names.get(tensor, "")) for tensor in header.tensors)
 

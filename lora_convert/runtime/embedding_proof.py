@@ -9,7 +9,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from lora_convert.containers import Source, opened
 from lora_convert.containers.dtypes import numpy_dtype
-from lora_convert.converters.embedding_record import RECORD_NAME
+from lora_convert.converters.embedding_record import RECORD_NAME, read_record
 from lora_convert.converters.embeddings import embedding_files, read_vectors
 from lora_convert.converters.fidelity import Rung
 from lora_convert.converters.metadata import PROVENANCE
@@ -44,7 +43,6 @@ __all__ = ["EmbeddingProof", "Placement", "check_loaded", "loaded", "placements"
 Array = NDArray[Any]
 Opened = tuple[Source, Detection]
 
-_LARGEST_RECORD = 1 << 20
 _MIDDLE = "a {} b"
 _OLD_END = 2
 """`eos_token_id` of encoders published before transformers 4.31, whatever the id is."""
@@ -76,17 +74,14 @@ def placements(path: Path, family: str | None) -> tuple[Placement, ...]:
 def _recorded(record: Path, files: Mapping[str, Path]) -> Iterator[Placement]:
     """What the record says of these files. It is data: its snippet is not run."""
     try:
-        if record.stat().st_size > _LARGEST_RECORD:
-            raise ValueError("it is too large")
-        content = json.loads(record.read_text(encoding="utf-8"))
-        for embedding in content["embeddings"]:
+        for embedding in read_record(record)["embeddings"]:
             for entry in embedding["files"]:
                 encoder = TextEncoder(entry["encoder"], entry["component"], entry["width"])
                 if not any(encoder in encoders for encoders in EMBEDDING_FAMILIES.values()):
                     raise ValueError(f"there is no encoder {shown(str(entry))}")
                 if entry["file"] in files:
                     yield Placement(files[entry["file"]], str(embedding["token"]), encoder)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"It does not say how the files are loaded: {shown(str(error), 200)}."
         raise FileError([Finding("module-not-loaded", "error", record.name, said)]) from None
 

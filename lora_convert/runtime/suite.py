@@ -26,6 +26,7 @@ from typing import Any
 
 from lora_convert.converters.convert import output_files
 from lora_convert.converters.embeddings import embedding_files
+from lora_convert.converters.writer import RESERVED
 from lora_convert.errors import UsageError
 from lora_convert.report import printable, shown
 from lora_convert.runtime.policy import FIGURES
@@ -34,7 +35,6 @@ from lora_convert.runtime.rendering import Settings
 __all__ = ["Case", "GoldenPicture", "Suite", "SuiteAdapter", "read_suite"]
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no names of files on Windows
 _DTYPES = ("fp32", "fp16", "bf16")
 
 
@@ -247,7 +247,7 @@ def _some_text(place: _Place, key: str, value: Any) -> str:
 
 def _file_name(place: _Place, key: str, value: Any) -> str:
     name = _text(place, key, value)
-    if not _NAME.fullmatch(name) or _RESERVED.fullmatch(name):
+    if not _NAME.fullmatch(name) or RESERVED.fullmatch(name):
         said = "a file name of at most 64 letters, digits, dots, hyphens and underscores"
         raise place.unlike(key, said, value)
     return name
